@@ -1,0 +1,57 @@
+# make demo | test | soak | lint | format | bench | gpu-check | clean      (PYTHON=, VENV=, TORCH=, ARGS= may be set)
+# Each target does the set-up that it needs, on a bare clone too; what has not changed is not done again.
+PYTHON ?= python3
+VENV ?= .venv
+export PYTHON VENV TORCH
+ifndef TORCH
+unexport TORCH
+endif
+SETUP = PY=$$(sh scripts/setup.sh) && export PATH="$$(dirname "$$PY"):$$PATH"
+SETUP_DEV = PY=$$(sh scripts/setup.sh dev) && export PATH="$$(dirname "$$PY"):$$PATH"
+CXX_FILES = find csrc bench tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
+
+.PHONY: demo test ctest pytest soak lint format bench gpu-check setup clean
+
+setup:
+	@$(SETUP) && echo "$$PY"
+
+demo:
+	@$(SETUP) && exec "$$PY" examples/demo.py $(ARGS)
+
+test: ctest
+	@$(MAKE) --no-print-directory pytest
+
+pytest:
+	@$(SETUP) && exec "$$PY" -m pytest $(ARGS)
+
+# -O2 without NDEBUG: assertions are on in the C++ tests
+ctest:
+	@$(SETUP) && cmake --log-level=WARNING -S . -B build/csrc -G Ninja -DTPN_MODULE=OFF -DTPN_TESTS=ON \
+	  -DCMAKE_CXX_FLAGS_RELEASE=-O2 -DPython_EXECUTABLE="$$PY" && \
+	cmake --build build/csrc && ctest --test-dir build/csrc --output-on-failure
+
+soak:
+	@$(SETUP) && exec "$$PY" -m pytest -m soak --timeout 7200 $(ARGS)
+
+lint:
+	@$(SETUP_DEV) && set -x && \
+	ruff check . && ruff format --check . && mypy && \
+	$(CXX_FILES) | xargs clang-format --dry-run -Werror
+
+format:
+	@$(SETUP_DEV) && ruff check --fix --exit-zero . && ruff format . && $(CXX_FILES) | xargs clang-format -i
+
+bench:
+	@PY=$$(sh scripts/setup.sh bench) && mkdir -p build/bench && \
+	for file in bench/bench_*.py; do \
+	  [ -e "$$file" ] || { echo "bench: no bench/bench_*.py" >&2; exit 1; }; \
+	  echo "== $$file"; \
+	  "$$PY" "$$file" --json "build/bench/$$(basename "$$file" .py).json" $(ARGS) || exit 1; \
+	done
+
+gpu-check:
+	@nvidia-smi -L || { echo "gpu-check: no NVIDIA GPU on this machine; this target runs the device tests" >&2; exit 1; }
+	@$(SETUP) && exec "$$PY" -m pytest -m gpu $(ARGS)
+
+clean:
+	rm -rf build .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,42 @@
+# tpn_sources(<out> <room>...): the .cpp files of rooms under csrc/ that this machine and build can have.
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
+  set(TPN_X86_64 ON)
+else()
+  set(TPN_X86_64 OFF)
+endif()
+
+function(tpn_sources out)
+  set(found)
+  foreach(room IN LISTS ARGN)
+    file(GLOB files CONFIGURE_DEPENDS "${CMAKE_CURRENT_SOURCE_DIR}/csrc/${room}/*.cpp")
+    list(APPEND found ${files})
+  endforeach()
+
+  # Vector instructions: chosen at run time, compiled file by file.
+  if(TPN_X86_64)
+    list(FILTER found EXCLUDE REGEX "_avx_unavailable\\.cpp$")
+  else()
+    list(FILTER found EXCLUDE REGEX "_avx(2|512)\\.cpp$")
+  endif()
+  foreach(file IN LISTS found)
+    if(file MATCHES "_avx2\\.cpp$")
+      set_source_files_properties("${file}" PROPERTIES COMPILE_OPTIONS "-mavx2;-mfma;-mf16c")
+    elseif(file MATCHES "_avx512\\.cpp$")
+      set_source_files_properties("${file}" PROPERTIES COMPILE_OPTIONS
+        "-mavx512f;-mavx512bw;-mavx512vl;-mavx512dq;-mavx512bf16;-mf16c;-mfma")
+    endif()
+  endforeach()
+
+  # X.cpp and X_unavailable.cpp: the first with CUDA, the second without.
+  foreach(file IN LISTS found)
+    if(file MATCHES "^(.*)_unavailable\\.cpp$" AND NOT file MATCHES "_avx_unavailable\\.cpp$")
+      set(twin "${CMAKE_MATCH_1}.cpp")
+      if(TPN_WITH_CUDA AND twin IN_LIST found)
+        list(REMOVE_ITEM found "${file}")
+      else()
+        list(REMOVE_ITEM found "${twin}")
+      endif()
+    endif()
+  endforeach()
+  set(${out} ${found} PARENT_SCOPE)
+endfunction()
