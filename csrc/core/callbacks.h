@@ -1,0 +1,22 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the core asks of its host without knowing it: Python installs these from bind/, C++ tests
+// leave them empty.
+#pragma once
+
+#include <string>
+
+#include "core/error.h"
+
+namespace tp_native {
+
+struct Callbacks {
+  void (*raise)(const FailureRecord&) = nullptr;  ///< throws the host's typed error
+  void (*check_signals)() = nullptr;  ///< throws if a signal handler raised; called every <= 50 ms
+  void (*warn)(const std::string&) = nullptr;
+};
+
+void install_callbacks(const Callbacks& callbacks);
+const Callbacks& callbacks();
+void warn(const std::string& message);
+
+}  // namespace tp_native

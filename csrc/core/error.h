@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: Apache-2.0
+// The one exception type, and what a failed collective tells: who, in which operation, why.
+#pragma once
+
+#include <cerrno>
+#include <cstdint>
+#include <cstring>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace tp_native {
+
+enum class FailureKind : uint8_t {
+  kError = 0,        ///< anything else: bad argument, system call, closed group
+  kPeerLost = 1,     ///< a peer died or left
+  kMismatch = 2,     ///< ranks entered different operations
+  kTimeout = 3,      ///< a living peer did not come in time
+  kAborted = 4,      ///< somebody called abort()
+  kInterrupted = 5,  ///< a signal handler of this process raised
+};
+
+/// What every rank of a failed group reports; equal in kind and culprit on all of them.
+struct FailureRecord {
+  FailureKind kind = FailureKind::kError;
+  int rank = -1;  ///< the rank that reports
+  int peer = -1;  ///< the culprit, -1 where there is none
+  std::string op;
+  uint64_t seq = 0;
+  double elapsed_s = 0;
+  std::string message;
+};
+
+class Error : public std::runtime_error {
+ public:
+  explicit Error(FailureRecord record)
+      : std::runtime_error(record.message), record_(std::move(record)) {}
+  const FailureRecord& record() const noexcept { return record_; }
+
+ private:
+  FailureRecord record_;
+};
+
+template <class... Parts>
+std::string concat(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
+}
+
+/// Throws `record` as the host language's typed error (callbacks.h), or as Error where there is no
+/// host.
+[[noreturn]] void raise(FailureRecord record);
+[[noreturn]] void fail(const std::string& message);
+
+#define TPN_CHECK(cond, ...)                               \
+  do {                                                     \
+    if (!(cond)) [[unlikely]]                              \
+      ::tp_native::fail(::tp_native::concat(__VA_ARGS__)); \
+  } while (false)
+
+/// For calls that return -1 and set errno.
+#define TPN_SYS(call, ...)                                                                     \
+  do {                                                                                         \
+    if ((call) == -1) [[unlikely]]                                                             \
+      ::tp_native::fail(                                                                       \
+          ::tp_native::concat(__VA_ARGS__, ": `", #call, "` failed: ", std::strerror(errno))); \
+  } while (false)
+
+}  // namespace tp_native

@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every dtype and operation in plain C++; also the reference of the SIMD variants.
+#include "core/error.h"
+#include "kernels/cpu/convert.h"
+#include "kernels/cpu/reduce_variants.h"
+
+namespace tp_native::kernels {
+namespace {
+
+float widen(float x) { return x; }
+double widen(double x) { return x; }
+float widen(BFloat16 x) { return to_float(x); }
+float widen(Float16 x) { return to_float(x); }
+
+void narrow(float x, float& out) { out = x; }
+void narrow(double x, double& out) { out = x; }
+void narrow(float x, BFloat16& out) { out = to_bfloat16(x); }
+void narrow(float x, Float16& out) { out = to_float16(x); }
+
+template <ReduceOp kOp, class Acc>
+Acc combine(Acc a, Acc b) {
+  if constexpr (kOp == ReduceOp::kMax)
+    return (b > a || b != b) ? b : a;  // NaN wins, as in torch.max
+  if constexpr (kOp == ReduceOp::kMin) return (b < a || b != b) ? b : a;
+  return a + b;
+}
+
+template <ReduceOp kOp, class T>
+void run(const Segment& s) {
+  for (int64_t i = s.offset; i < s.offset + s.count; ++i) {
+    auto acc = widen(static_cast<const T*>(s.src[0])[i]);
+    for (int r = 1; r < s.sources; ++r) {
+      acc = combine<kOp>(acc, widen(static_cast<const T*>(s.src[r])[i]));
+    }
+    if constexpr (kOp == ReduceOp::kAvg) acc /= static_cast<decltype(acc)>(s.sources);
+    if (s.bias) acc += widen(static_cast<const T*>(s.bias)[i - s.offset]);
+    T out;
+    narrow(acc, out);
+    for (int d = 0; d < s.targets; ++d) static_cast<T*>(s.dst[d])[i] = out;
+  }
+}
+
+template <class T>
+void run(ReduceOp op, const Segment& segment) {
+  switch (op) {
+    case ReduceOp::kSum:
+      return run<ReduceOp::kSum, T>(segment);
+    case ReduceOp::kMax:
+      return run<ReduceOp::kMax, T>(segment);
+    case ReduceOp::kMin:
+      return run<ReduceOp::kMin, T>(segment);
+    case ReduceOp::kAvg:
+      return run<ReduceOp::kAvg, T>(segment);
+  }
+}
+
+}  // namespace
+
+void reduce_generic(DType dtype, ReduceOp op, const Segment& segment) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return run<float>(op, segment);
+    case DType::kFloat64:
+      return run<double>(op, segment);
+    case DType::kFloat16:
+      return run<Float16>(op, segment);
+    case DType::kBFloat16:
+      return run<BFloat16>(op, segment);
+    default:
+      fail(concat("reduce: ", name(dtype), " is not supported: expected a floating dtype"));
+  }
+}
+
+}  // namespace tp_native::kernels
