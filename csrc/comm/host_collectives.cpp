@@ -1,0 +1,340 @@
+// SPDX-License-Identifier: Apache-2.0
+// The collectives: what is staged, who reads what when. Every one begins with a full meet in which
+// the fingerprints are compared; before it a rank has written to its own staging slots only.
+#include <sched.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "comm/host_communicator.h"
+#include "core/callbacks.h"
+#include "kernels/reduce.h"
+
+namespace tp_native::comm {
+namespace {
+
+// one-shot reads P-1 whole messages per rank, two phases 2(P-1)/P: with two ranks the extra meet
+// never pays below 4 MiB
+constexpr int64_t kTwoPhaseBytes = 32 << 10;
+// below this one meet and P reads beat two meets and half the lines: bench_collectives.py --sweep,
+// 2 ranks
+constexpr int64_t kOneShotBytes = 2 << 10;
+
+int64_t chunks_of(int64_t bytes, int64_t chunk_bytes) {
+  return std::max<int64_t>(1, (bytes + chunk_bytes - 1) / chunk_bytes);
+}
+
+const char* at(const void* base, int64_t bytes) { return static_cast<const char*>(base) + bytes; }
+char* at(void* base, int64_t bytes) { return static_cast<char*>(base) + bytes; }
+
+/// Rank `rank`'s share of `count` elements, cut at cache lines.
+struct Slice {
+  int64_t begin, end;
+};
+Slice slice_of(int64_t count, int64_t width, int rank, int size) {
+  const int64_t line = std::max<int64_t>(1, 64 / width);
+  const int64_t share = ((count + size - 1) / size + line - 1) / line * line;
+  return {std::min(count, share * rank), std::min(count, share * (rank + 1))};
+}
+
+/// Copies bytes [begin, begin + bytes) of a [rows, width] block into a matrix whose rows are
+/// `pitch` bytes apart.
+void scatter_rows(char* out, const char* in, int64_t begin, int64_t bytes, int64_t width,
+                  int64_t pitch) {
+  while (bytes > 0) {
+    const int64_t column = begin % width;
+    const int64_t run = width == pitch ? bytes : std::min(bytes, width - column);
+    std::memcpy(out + begin / width * pitch + column, in, static_cast<size_t>(run));
+    in += run;
+    begin += run;
+    bytes -= run;
+  }
+}
+
+}  // namespace
+
+char* HostCommunicator::slot(int rank, uint64_t chunk) const {
+  return peers_[rank].mapping->base() + kHeaderBytes + (chunk % kSlots) * kChunkBytes;
+}
+
+template <class Body>
+void HostCommunicator::collective(const Signature& signature, int64_t bytes, double timeout_s,
+                                  Body&& body) {
+  std::lock_guard lock(mutex_);
+  current_ = nullptr;
+  check_usable();
+  current_ = &signature;
+  timeout_s_ = timeout_s > 0 ? timeout_s : identity_.timeout_s;
+  ++seq_;
+  stats_.collectives += 1;
+  stats_.bytes += static_cast<uint64_t>(bytes);
+  try {
+    body();
+  } catch (...) {
+    if (!failure_) {  // a signal handler of this process raised while it waited
+      const std::string text = concat("rank ", identity_.rank, " was interrupted by a signal");
+      publish_abort(FailureKind::kInterrupted, identity_.rank, text);
+      failure_ = FailureRecord{FailureKind::kInterrupted,
+                               identity_.rank,
+                               identity_.rank,
+                               name(signature.op),
+                               seq_,
+                               0,
+                               text};
+    }
+    current_ = nullptr;
+    throw;
+  }
+  current_ = nullptr;
+}
+
+/// Chunk c+1 is staged before chunk c is taken, so that a rank copies in while its peers still
+/// arrive. `late[r]`: rank r posts its chunks one tick later than first_tick says.
+template <class Put, class Take>
+void HostCommunicator::pipeline(int64_t chunks, uint64_t first_tick, const bool* late,
+                                const Put& put, const Take& take) {
+  for (int64_t c = 0; c < chunks; ++c) {
+    if (c + 1 < chunks) {
+      put(c + 1, slot(identity_.rank, chunk_ + c + 1));
+      post();
+    }
+    for (int i = 1; i < identity_.size; ++i) {
+      const int r = (identity_.rank + i) % identity_.size;
+      await(r, first_tick + c + (late && late[r]));
+    }
+    take(c);
+  }
+  chunk_ += chunks;
+}
+
+template <class Put, class Take>
+void HostCommunicator::staged(int64_t chunks, const Put& put, const Take& take) {
+  stats_.staged += 1;
+  put(int64_t{0}, slot(identity_.rank, chunk_));
+  announce(kNoBlock);
+  await_all(tick_);
+  (void)check_announced(0);
+  pipeline(chunks, tick_, nullptr, put, take);
+}
+
+Block HostCommunicator::allocate(int64_t bytes) {
+  return bytes > kOneShotBytes ? arena_->allocate(bytes)
+                               : Block{};  // smaller ones are staged anyway
+}
+
+void HostCommunicator::all_reduce(const Signature& signature, const void* in, void* out,
+                                  int64_t count, const Epilogue& epilogue, Stream) {
+  TPN_CHECK(kernels::can_reduce(signature.dtype, signature.reduce), name(signature.op), ": ",
+            name(signature.dtype), " cannot be reduced (", name(signature.reduce),
+            "): expected float32, float64, float16 or bfloat16");
+  if (identity_.size == 1) return reduce_alone(signature, in, out, count, epilogue);
+  const int64_t bytes = count * static_cast<int64_t>(item_bytes(signature.dtype));
+  collective(signature, bytes, 0, [&] {
+    const bool is_shared = in == out && bytes > kOneShotBytes && arena_->owns(out, bytes);
+    if (!is_shared) return reduce_staged(signature, in, out, count, epilogue, false);
+    announce(static_cast<uint64_t>(static_cast<char*>(out) - arena_->base()));
+    await_all(tick_);
+    const Announced announced = check_announced(bytes);
+    if (!announced.all_shared) return reduce_staged(signature, in, out, count, epilogue, true);
+    reduce_shared(signature, announced, count, bytes, epilogue);
+  });
+}
+
+void HostCommunicator::reduce_alone(const Signature& s, const void* in, void* out, int64_t count,
+                                    const Epilogue& epilogue) const {
+  const void* const src[] = {in};
+  void* const dst[] = {out};
+  kernels::reduce({s.dtype, s.reduce, 1, src, 1, dst, count, epilogue.bias, epilogue.columns, 0});
+}
+
+/// Every operand lies in its rank's arena: each rank reduces its slice of all blocks and stores it
+/// into all of them.
+void HostCommunicator::reduce_shared(const Signature& s, const Announced& announced, int64_t count,
+                                     int64_t, const Epilogue& epilogue) {
+  constexpr int64_t kTileBytes = 16 << 10;  // stays in L1 between the stores to the ranks
+  const auto width = static_cast<int64_t>(item_bytes(s.dtype));
+  const Slice mine = slice_of(count, width, identity_.rank, identity_.size);
+  const int64_t tile = kTileBytes / width;
+  void* block[kMaxRanks];
+  for (int64_t begin = mine.begin; begin < mine.end; begin += tile) {
+    for (int r = 0; r < identity_.size; ++r) {
+      block[r] = at(static_cast<void*>(peers_[r].mapping->base()),
+                    static_cast<int64_t>(announced.block[r]) + begin * width);
+    }
+    kernels::reduce({s.dtype, s.reduce, identity_.size, block, identity_.size, block,
+                     std::min(tile, mine.end - begin), epilogue.bias, epilogue.columns, begin});
+  }
+  post();
+  await_all(tick_);
+}
+
+/// `is_shared`: this rank has announced a block while a peer announced none. It stages now, one
+/// tick after those that staged before they announced.
+void HostCommunicator::reduce_staged(const Signature& s, const void* in, void* out, int64_t count,
+                                     const Epilogue& epilogue, bool is_shared) {
+  const int me = identity_.rank;
+  const int size = identity_.size;
+  const auto width = static_cast<int64_t>(item_bytes(s.dtype));
+  const int64_t bytes = count * width;
+  const auto chunk_bytes = static_cast<int64_t>(kChunkBytes);
+  const int64_t chunks = chunks_of(bytes, chunk_bytes);
+  const auto length = [&](int64_t c) { return std::min(chunk_bytes, bytes - c * chunk_bytes); };
+  const auto put = [&](int64_t c, char* to) {
+    std::memcpy(to, at(in, c * chunk_bytes), static_cast<size_t>(length(c)));
+  };
+  const auto take = [&](int64_t c) {
+    const void* src[kMaxRanks];
+    for (int r = 0; r < size; ++r) src[r] = slot(r, chunk_ + c);
+    src[me] = at(in, c * chunk_bytes);
+    void* const dst[] = {at(out, c * chunk_bytes)};
+    kernels::reduce({s.dtype, s.reduce, size, src, 1, dst, length(c) / width, epilogue.bias,
+                     epilogue.columns, c * chunk_bytes / width});
+  };
+
+  stats_.staged += 1;
+  uint64_t announced_tick = tick_;
+  if (!is_shared) {
+    if (bytes > 0) put(0, slot(me, chunk_));
+    announce(kNoBlock);
+    announced_tick = tick_;
+    await_all(tick_);
+  }
+  const Announced announced = check_announced(bytes);
+
+  if (announced.any_shared) {
+    bool late[kMaxRanks];
+    for (int r = 0; r < size; ++r) late[r] = announced.block[r] != kNoBlock;
+    if (is_shared) {
+      put(0, slot(me, chunk_));
+      post();
+    }
+    pipeline(chunks, announced_tick, late, put, take);
+    if (!is_shared) post();  // the late ranks posted one more
+    return;
+  }
+  if (size == 2 || bytes <= kTwoPhaseBytes) {
+    if (bytes > 0) pipeline(chunks, announced_tick, nullptr, put, take);
+    return;
+  }
+  for (int64_t c = 0; c < chunks; ++c, ++chunk_) {
+    if (c > 0) {
+      put(c, slot(me, chunk_));
+      post();
+      await_all(tick_);
+    }
+    const int64_t elements = length(c) / width;
+    const Slice mine = slice_of(elements, width, me, size);
+    void* block[kMaxRanks];
+    for (int r = 0; r < size; ++r) block[r] = slot(r, chunk_) + mine.begin * width;
+    kernels::reduce({s.dtype, s.reduce, size, block, size, block, mine.end - mine.begin,
+                     epilogue.bias, epilogue.columns, c * chunk_bytes / width + mine.begin});
+    post();
+    await_all(tick_);
+    std::memcpy(at(out, c * chunk_bytes), slot(me, chunk_), static_cast<size_t>(length(c)));
+  }
+}
+
+void HostCommunicator::all_gather(const Signature& signature, const void* in, void* out,
+                                  int64_t rows, std::span<const int64_t> columns, Stream) {
+  const auto width = static_cast<int64_t>(item_bytes(signature.dtype));
+  int64_t pitch = 0;
+  int64_t most = 0;
+  int64_t start[kMaxRanks];
+  for (int r = 0; r < identity_.size; ++r) {
+    start[r] = pitch;
+    pitch += columns[r] * width;
+    most = std::max(most, rows * columns[r] * width);
+  }
+  const auto total = [&](int r) { return rows * columns[r] * width; };
+  const int me = identity_.rank;
+  if (identity_.size == 1) {
+    if (in != out && total(0) > 0) std::memcpy(out, in, static_cast<size_t>(total(0)));
+    return;
+  }
+  const auto chunk_bytes = static_cast<int64_t>(kChunkBytes);
+  const auto length = [&](int r, int64_t c) {
+    return std::clamp<int64_t>(total(r) - c * chunk_bytes, 0, chunk_bytes);
+  };
+  const auto put = [&](int64_t c, char* to) {
+    if (length(me, c) > 0)
+      std::memcpy(to, at(in, c * chunk_bytes), static_cast<size_t>(length(me, c)));
+  };
+  const auto take = [&](int64_t c) {
+    for (int r = 0; r < identity_.size; ++r) {
+      const char* const from = r == me ? at(in, c * chunk_bytes) : slot(r, chunk_ + c);
+      scatter_rows(at(out, start[r]), from, c * chunk_bytes, length(r, c), columns[r] * width,
+                   pitch);
+    }
+  };
+  collective(signature, total(me), 0, [&] { staged(chunks_of(most, chunk_bytes), put, take); });
+}
+
+void HostCommunicator::reduce_scatter(const Signature& signature, const void* in, void* out,
+                                      std::span<const int64_t> counts, Stream) {
+  TPN_CHECK(kernels::can_reduce(signature.dtype, signature.reduce),
+            "reduce_scatter: ", name(signature.dtype),
+            " cannot be reduced: expected float32, float64, float16 or bfloat16");
+  const auto width = static_cast<int64_t>(item_bytes(signature.dtype));
+  const int me = identity_.rank;
+  const int size = identity_.size;
+  if (size == 1) return reduce_alone(signature, in, out, counts[0], {});
+  // a chunk holds an equal piece for every receiver
+  const int64_t piece = static_cast<int64_t>(kChunkBytes) / size / 64 * 64 / width;
+  int64_t start[kMaxRanks];
+  int64_t whole = 0;
+  int64_t most = 0;
+  for (int r = 0; r < size; ++r) {
+    start[r] = whole;
+    whole += counts[r];
+    most = std::max(most, counts[r]);
+  }
+  const auto length = [&](int r, int64_t c) {
+    return std::clamp<int64_t>(counts[r] - c * piece, 0, piece);
+  };
+  const auto put = [&](int64_t c, char* to) {
+    for (int r = 0; r < size; ++r) {
+      if (r == me || length(r, c) == 0) continue;
+      std::memcpy(to + r * piece * width, at(in, (start[r] + c * piece) * width),
+                  static_cast<size_t>(length(r, c) * width));
+    }
+  };
+  const auto take = [&](int64_t c) {
+    const void* src[kMaxRanks];
+    for (int r = 0; r < size; ++r) src[r] = slot(r, chunk_ + c) + me * piece * width;
+    src[me] = at(in, (start[me] + c * piece) * width);
+    void* const dst[] = {at(out, c * piece * width)};
+    kernels::reduce(
+        {signature.dtype, signature.reduce, size, src, 1, dst, length(me, c), nullptr, 0, 0});
+  };
+  collective(signature, whole * width, 0, [&] { staged(chunks_of(most, piece), put, take); });
+}
+
+void HostCommunicator::broadcast(const Signature& signature, void* data, int64_t count, Stream) {
+  if (identity_.size == 1) return;
+  const int64_t bytes = count * static_cast<int64_t>(item_bytes(signature.dtype));
+  const auto chunk_bytes = static_cast<int64_t>(kChunkBytes);
+  const bool is_root = identity_.rank == signature.root;
+  const auto length = [&](int64_t c) {
+    return static_cast<size_t>(std::min(chunk_bytes, bytes - c * chunk_bytes));
+  };
+  const auto put = [&](int64_t c, char* to) {
+    if (is_root && bytes > 0) std::memcpy(to, at(data, c * chunk_bytes), length(c));
+  };
+  const auto take = [&](int64_t c) {
+    if (!is_root && bytes > 0)
+      std::memcpy(at(data, c * chunk_bytes), slot(signature.root, chunk_ + c), length(c));
+  };
+  collective(signature, bytes, 0, [&] { staged(chunks_of(bytes, chunk_bytes), put, take); });
+}
+
+void HostCommunicator::barrier(double timeout_s, Stream) {
+  if (identity_.size == 1) return;
+  const Signature signature;
+  collective(signature, 0, timeout_s, [&] {
+    announce(kNoBlock);
+    await_all(tick_);
+    (void)check_announced(0);
+  });
+}
+
+}  // namespace tp_native::comm

@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0
+// The collectives of ranks that reach each other's arenas: processes (shm) or threads (local). Who
+// they are and how their memory was mapped is the business of shm.cpp and local.cpp.
+#pragma once
+
+#include <atomic>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "comm/arena.h"
+#include "comm/communicator.h"
+#include "comm/protocol.h"
+#include "core/error.h"
+
+namespace tp_native::comm {
+
+struct Peer {
+  std::shared_ptr<Mapping> mapping;
+  RankHeader* header() const { return reinterpret_cast<RankHeader*>(mapping->base()); }
+};
+
+/// Something that lives as long as the communicator and is stopped before it goes: the death watch.
+class Companion {
+ public:
+  virtual ~Companion() = default;
+};
+
+/// Fills in a fresh arena's header, state kJoining.
+void write_header(const Arena& arena, const Identity& identity, uint64_t group, int pid);
+/// Raises unless `peer`'s header is that of rank `rank` of this group.
+void check_header(const Peer& peer, int rank, const Identity& identity, uint64_t group);
+uint64_t hash_text(const std::string& text);
+
+class HostCommunicator final : public Communicator {
+ public:
+  /// `peers[r]` is rank r's mapping, this rank's own included.
+  HostCommunicator(Identity identity, std::shared_ptr<Arena> arena, std::vector<Peer> peers);
+  ~HostCommunicator() override;
+
+  Block allocate(int64_t bytes) override;
+  void all_reduce(const Signature&, const void* in, void* out, int64_t count, const Epilogue&,
+                  Stream) override;
+  void all_gather(const Signature&, const void* in, void* out, int64_t rows,
+                  std::span<const int64_t> columns, Stream) override;
+  void reduce_scatter(const Signature&, const void* in, void* out, std::span<const int64_t> counts,
+                      Stream) override;
+  void broadcast(const Signature&, void* data, int64_t count, Stream) override;
+  void barrier(double timeout_s, Stream) override;
+  void abort(const std::string& reason) override;
+  void close() override;
+  Stats stats() const override;
+  std::vector<LogEntry> op_log() const override;
+
+  /// Claims the group's abort record unless somebody has; wakes every sleeper. Safe from any
+  /// thread.
+  void publish_abort(FailureKind kind, int culprit, const std::string& text) noexcept;
+  bool has_left(int rank) const;
+  void keep(std::unique_ptr<Companion> companion) { companion_ = std::move(companion); }
+
+ private:
+  struct Announced {
+    bool any_shared = false;
+    bool all_shared = true;
+    uint64_t block[kMaxRanks];  ///< checked copies of the peers' offsets
+  };
+
+  template <class Body>
+  void collective(const Signature& signature, int64_t bytes, double timeout_s, Body&& body);
+  template <class Put, class Take>
+  void staged(int64_t chunks, const Put& put, const Take& take);
+  template <class Put, class Take>
+  void pipeline(int64_t chunks, uint64_t first_tick, const bool* late, const Put& put,
+                const Take& take);
+  void reduce_shared(const Signature&, const Announced&, int64_t count, int64_t bytes,
+                     const Epilogue&);
+  void reduce_staged(const Signature&, const void* in, void* out, int64_t count, const Epilogue&,
+                     bool is_shared);
+  void reduce_alone(const Signature&, const void* in, void* out, int64_t count,
+                    const Epilogue&) const;
+
+  Line& line(int rank) const { return peers_[rank].header()->lines[seq_ % kRing]; }
+  char* slot(int rank, uint64_t chunk) const;
+  void announce(uint64_t block);
+  Announced check_announced(int64_t shared_bytes);
+  void post();
+  void await(int rank, uint64_t tick);
+  void await_all(uint64_t tick);
+  void await_slow(int rank, uint64_t tick);
+  void sleep_on(int rank, uint64_t tick);
+
+  void check_usable();
+  void check_abort();
+  [[noreturn]] void fail_group(FailureKind kind, int culprit, const std::string& text);
+  [[noreturn]] void raise_failure(FailureKind kind, int culprit, const std::string& text);
+  [[noreturn]] void raise_mismatch();
+  void check_deadline(int rank, double waited_s, double& next_warning_s);
+  AbortRecord& abort_record() const { return peers_[0].header()->abort; }
+  std::string describe_rank(int rank) const;
+  std::string describe_current() const;
+  std::string late_table(uint64_t tick) const;
+  void wake(int rank) const;
+
+  std::shared_ptr<Arena> arena_;
+  std::vector<Peer> peers_;
+  std::unique_ptr<Companion> companion_;
+  uint64_t group_hash_;
+  int spin_pauses_;
+
+  mutable std::mutex mutex_;  ///< one collective of this rank at a time; guards what follows
+  const Signature* current_ = nullptr;
+  double timeout_s_ = 0;
+  double wait_started_s_ = 0;
+  uint64_t seq_ = 0;
+  uint64_t tick_ = 0;
+  uint64_t chunk_ = 0;
+  std::optional<FailureRecord> failure_;
+  Stats stats_;
+  std::vector<LogEntry> log_;
+  std::atomic<bool> is_closing_{false};
+  bool is_closed_ = false;
+};
+
+}  // namespace tp_native::comm

@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+// What lies in front of each rank's arena. Only the owner writes its header, but for the abort
+// record of rank 0, which whoever notices a failure first may claim. Everything read here comes
+// from another process: copy, check, then use.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+namespace tp_native::comm {
+
+constexpr int kMaxRanks = 16;
+constexpr uint64_t kMagic = 0x3176'6974'616e'7074;  // "tpnativ1", little endian
+constexpr uint32_t kProtocolVersion = 1;
+
+/// Collectives a fast writer may be ahead before it overwrites a line is 1 (every collective begins
+/// with a full meet); four lines leave room for backends that post several operations at once.
+constexpr int kRing = 4;
+constexpr int kMaxDims = 6;
+
+/// Staging: a rank writes slot g % kSlots for its g-th chunk. When it does, it has waited for all
+/// peers' posts of chunk g-2, which they make after they finished reading chunk g-4: four slots
+/// need no "consumed" flag.
+constexpr int kSlots = 4;
+constexpr size_t kChunkBytes = 256u << 10;  // flat from 64 KiB to 2 MiB, bench_collectives.py
+
+constexpr uint64_t kNoBlock = ~uint64_t{0};
+
+/// One announced collective: a cache line that every peer reads, and one that only an error message
+/// needs.
+struct alignas(128) Line {
+  std::atomic<uint64_t> tick;  ///< steps this rank has posted since the group began; release, pairs
+                               ///< with the waiter's acquire
+  uint64_t fingerprint;
+  uint64_t block;  ///< offset of the shared operand in this rank's arena, or kNoBlock
+  std::atomic<uint64_t>
+      seq;  ///< relaxed: peers read it only for the table of late ranks, as they do `op`
+  alignas(64) std::atomic<uint8_t> op;
+  uint8_t dtype;
+  uint8_t reduce;
+  int8_t root;
+  int8_t dim;
+  uint8_t dims;
+  int64_t shape[kMaxDims];
+};
+static_assert(sizeof(Line) == 128);
+
+enum class RankState : uint32_t { kJoining = 0, kActive = 1, kLeft = 2 };
+
+constexpr size_t kAbortTextBytes = 1536;
+
+/// Written once: kFree -> kClaimed by compare-and-swap, filled in, -> kPublished.
+struct AbortRecord {
+  enum : uint32_t { kFree = 0, kClaimed = 1, kPublished = 2 };
+  std::atomic<uint32_t> state;
+  uint8_t kind;  ///< FailureKind
+  int32_t culprit;
+  int32_t reporter;
+  char text[kAbortTextBytes];
+};
+
+struct RankHeader {
+  uint64_t magic;
+  uint32_t version;
+  int32_t rank;
+  int32_t size;
+  int32_t pid;
+  uint64_t generation;
+  uint64_t group;  ///< hash of the group's name and address
+  uint64_t capacity;
+  alignas(128) std::atomic<uint32_t> state;     ///< RankState
+  alignas(128) std::atomic<uint32_t> sleepers;  ///< peers in a futex wait on one of the ticks
+  Line lines[kRing];
+  alignas(128) AbortRecord abort;  ///< used in rank 0's header only
+};
+
+constexpr size_t kHeaderBytes = 8192;
+static_assert(sizeof(RankHeader) <= kHeaderBytes);
+static_assert(std::atomic<uint64_t>::is_always_lock_free &&
+              std::atomic<uint32_t>::is_always_lock_free);
+constexpr size_t kReservedBytes = kHeaderBytes + kSlots * kChunkBytes;
+
+}  // namespace tp_native::comm

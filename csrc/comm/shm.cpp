@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+// Backend "shm": one process per rank on one host, memory in sealed memfds that never had a name.
+#include <fcntl.h>
+#include <linux/memfd.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "comm/backends.h"
+#include "comm/death_watch.h"
+#include "comm/host_communicator.h"
+
+namespace tp_native::comm {
+namespace {
+
+Peer map_peer(const Member& member, int rank) {
+  struct stat info;
+  TPN_SYS(::fstat(member.arena.get(), &info), "looking at the memory of rank ", rank);
+  const int seals = ::fcntl(member.arena.get(), F_GET_SEALS);
+  TPN_CHECK(
+      seals >= 0 && (seals & F_SEAL_SHRINK) && static_cast<size_t>(info.st_size) >= kReservedBytes,
+      "rank ", rank, " sent ", info.st_size, " bytes that are no sealed arena");
+  return {std::make_shared<Mapping>(member.arena.get(), static_cast<size_t>(info.st_size))};
+}
+
+}  // namespace
+
+std::shared_ptr<Communicator> make_shm(const Identity& identity, const std::string& address,
+                                       double init_timeout_s) {
+  const auto memory =
+      static_cast<size_t>(::sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(::sysconf(_SC_PAGESIZE));
+  const std::shared_ptr<Arena> arena =
+      Arena::shared(std::max(memory, 2 * kReservedBytes), kReservedBytes);
+  const uint64_t group = hash_text(address + "/" + identity.name);
+  write_header(*arena, identity, group, ::getpid());
+
+  Roster roster = meet(identity, address, arena->fd(), init_timeout_s);
+  std::vector<Peer> peers;
+  for (int r = 0; r < identity.size; ++r) {
+    peers.push_back(r == identity.rank ? Peer{arena->mapping()} : map_peer(roster.members[r], r));
+    check_header(peers.back(), r, identity, group);
+    roster.members[r].arena = Fd();  // the mapping is enough
+  }
+  auto communicator = std::make_shared<HostCommunicator>(identity, arena, std::move(peers));
+  communicator->keep(std::make_unique<DeathWatch>(*communicator, std::move(roster)));
+  communicator->barrier(init_timeout_s, {});  // every rank has mapped everybody's memory
+  return communicator;
+}
+
+}  // namespace tp_native::comm
