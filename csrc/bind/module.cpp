@@ -1,0 +1,118 @@
+// SPDX-License-Identifier: Apache-2.0
+// The one Python module: making, watching and ending groups. Tensors pass through torch.ops, not
+// through here.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "comm/backends.h"
+#include "comm/registry.h"
+#include "core/callbacks.h"
+#include "kernels/reduce.h"
+
+namespace py = pybind11;
+
+namespace tp_native {
+namespace {
+
+using comm::Communicator;
+using comm::Identity;
+
+PyObject* g_make_error = nullptr;  // Python: (kind, message, rank, peer, op, seq, elapsed_s) ->
+                                   // exception; never released
+PyObject* g_warn = nullptr;
+
+/// Raised as what `make_error` builds. error_already_set crosses torch's dispatcher and its
+/// autograd engine intact.
+void raise_in_python(const FailureRecord& record) {
+  py::gil_scoped_acquire gil;
+  const py::object error = py::reinterpret_borrow<py::object>(g_make_error)(
+      static_cast<int>(record.kind), record.message, record.rank, record.peer, record.op,
+      record.seq, record.elapsed_s);
+  PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
+  throw py::error_already_set();
+}
+
+void check_python_signals() {
+  if (!Py_IsInitialized()) return;
+  py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
+void warn_in_python(const std::string& message) {
+  py::gil_scoped_acquire gil;
+  py::reinterpret_borrow<py::object>(g_warn)(message);
+}
+
+void install(const py::object& make_error, const py::object& warn) {
+  g_make_error = make_error.inc_ref().ptr();
+  g_warn = warn.inc_ref().ptr();
+  install_callbacks({&raise_in_python, &check_python_signals, &warn_in_python});
+}
+
+py::dict stats_of(const Communicator& communicator) {
+  const comm::Stats stats = communicator.stats();
+  py::dict out;
+  out["collectives"] = stats.collectives;
+  out["bytes"] = stats.bytes;
+  out["staged"] = stats.staged;
+  out["arena_bytes_in_use"] = stats.arena_bytes_in_use;
+  out["arena_bytes_peak"] = stats.arena_bytes_peak;
+  return out;
+}
+
+std::vector<std::tuple<uint64_t, std::string, std::string, uint64_t>> log_of(
+    const Communicator& communicator) {
+  std::vector<std::tuple<uint64_t, std::string, std::string, uint64_t>> lines;
+  for (const comm::LogEntry& entry : communicator.op_log()) {
+    lines.emplace_back(entry.seq, comm::name(entry.op), name(entry.dtype), entry.signature_hash);
+  }
+  return lines;
+}
+
+}  // namespace
+}  // namespace tp_native
+
+PYBIND11_MODULE(_C, m) {
+  using namespace tp_native;  // NOLINT
+  using Released = py::call_guard<py::gil_scoped_release>;
+  m.doc() = "Native core of tp_native: groups of ranks. Tensors go through torch.ops.tp_native.";
+  m.attr("__version__") = TPN_VERSION;
+  m.attr("TORCH_VERSION") = TPN_TORCH_VERSION;
+  m.def("install", &install, py::arg("make_error"), py::arg("warn"));
+  m.def("is_available", &comm::is_available, py::arg("backend"));
+  m.def("reduce_isa", &kernels::reduce_isa);
+
+  py::class_<Communicator, std::shared_ptr<Communicator>>(m, "Communicator")
+      .def_property_readonly("rank", [](const Communicator& c) { return c.identity().rank; })
+      .def_property_readonly("size", [](const Communicator& c) { return c.identity().size; })
+      .def_property_readonly("name", [](const Communicator& c) { return c.identity().name; })
+      .def_property_readonly("backend", [](const Communicator& c) { return c.identity().backend; })
+      .def_property_readonly("generation",
+                             [](const Communicator& c) { return c.identity().generation; })
+      .def(
+          "barrier", [](Communicator& c, double timeout_s) { c.barrier(timeout_s, {}); },
+          py::arg("timeout_s"), Released())
+      .def("abort", &Communicator::abort, py::arg("reason"), Released())
+      .def("close", &Communicator::close, Released())
+      .def("stats", &stats_of)
+      .def("op_log", &log_of);
+
+  m.def(
+      "make_shm",
+      [](const std::string& name, const std::string& address, int rank, int size, double timeout_s,
+         double init_timeout_s) {
+        return comm::make_shm(Identity{rank, size, name, "shm", 0, timeout_s}, address,
+                              init_timeout_s);
+      },
+      py::arg("name"), py::arg("address"), py::arg("rank"), py::arg("size"), py::arg("timeout_s"),
+      py::arg("init_timeout_s"), Released());
+  m.def(
+      "make_local",
+      [](const std::string& name, int size, double timeout_s) {
+        return comm::make_local(Identity{0, size, name, "local", 0, timeout_s});
+      },
+      py::arg("name"), py::arg("size"), py::arg("timeout_s"), Released());
+  m.def("register", &comm::register_communicator, py::arg("name"), py::arg("communicator"),
+        Released());
+  m.def("unregister", &comm::unregister_communicator, py::arg("name"), Released());
+}

@@ -1,0 +1,307 @@
+// SPDX-License-Identifier: Apache-2.0
+// Gradients. Every rank computes the same loss, so cotangents of replicated tensors are replicated
+// (DESIGN.md 7). The functions call ops only, never the communicator: compilers trace through them.
+#include <ATen/ops/embedding_dense_backward.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "ops/schema.h"
+#include "ops/tensors.h"
+
+namespace tp_native::ops {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
+
+template <class... Tensors>
+bool needs_grad(const Tensors&... tensors) {
+  return at::GradMode::is_enabled() && (tensors.requires_grad() || ...);
+}
+
+/// [..., n] as [m, n]; not reshape({-1, n}), which is ambiguous for n = 0
+Tensor flat(const Tensor& t) {
+  if (t.dim() == 2) return t;
+  return t.dim() == 1 ? t.unsqueeze(0) : t.flatten(0, -2);
+}
+
+/// `order` is written by every later op: a saved variable would trip over its version.
+void save_order(AutogradContext* ctx, const Tensor& order, std::string_view group) {
+  ctx->saved_data["order"] = order;
+  ctx->saved_data["group"] = std::string(group);
+}
+Tensor order_of(AutogradContext* ctx) { return ctx->saved_data["order"].toTensor(); }
+std::string group_of(AutogradContext* ctx) { return ctx->saved_data["group"].toStringRef(); }
+Tensor none() { return {}; }
+
+struct AllReduceFunction : Function<AllReduceFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& t, const Tensor& order, std::string op,
+                        std::string group) {
+    ctx->saved_data["divisor"] = op == "avg" ? comm::find_communicator(group)->identity().size : 1;
+    static const auto kOp = find_op<AllReduce>("tp_native::all_reduce");
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return kOp.call(t, order, op, group);
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const int64_t divisor = ctx->saved_data["divisor"].toInt();
+    return {divisor == 1 ? grads[0] : grads[0].div(divisor), none(), none(), none()};
+  }
+};
+
+struct CopyToRanksFunction : Function<CopyToRanksFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& t, const Tensor& order,
+                        std::string group) {
+    save_order(ctx, order, group);
+    static const auto kOp = find_op<CopyToRanks>("tp_native::copy_to_ranks");
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return kOp.call(t, order, group);
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    static const auto kOp = find_op<AllReduce>("tp_native::all_reduce");
+    return {kOp.call(grads[0], order_of(ctx), "sum", group_of(ctx)), none(), none()};
+  }
+};
+
+struct BroadcastFunction : Function<BroadcastFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& t, const Tensor& order, int64_t src,
+                        std::string group) {
+    save_order(ctx, order, group);
+    ctx->saved_data["is_src"] = comm::find_communicator(group)->identity().rank == src;
+    static const auto kOp = find_op<Broadcast>("tp_native::broadcast");
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return kOp.call(t, order, src, group);
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    static const auto kOp = find_op<AllReduce>("tp_native::all_reduce");
+    const Tensor sum = kOp.call(grads[0], order_of(ctx), "sum", group_of(ctx));
+    return {ctx->saved_data["is_src"].toBool() ? sum : at::zeros_like(sum), none(), none(), none()};
+  }
+};
+
+struct AllGatherFunction : Function<AllGatherFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& t, const Tensor& order,
+                        std::vector<c10::SymInt> sizes, int64_t dim, std::string grad,
+                        std::string group) {
+    save_order(ctx, order, group);
+    dim = dim < 0 ? dim + t.dim() : dim;
+    const int rank = comm::find_communicator(group)->identity().rank;
+    c10::SymInt first = 0;
+    for (int r = 0; r < rank; ++r) first = first + sizes.at(r);
+    ctx->saved_data["is_partial"] = grad == "partial";
+    ctx->saved_data["dim"] = dim;
+    ctx->saved_data["first"] = first;
+    ctx->saved_data["local"] = t.sym_size(dim);
+    ctx->saved_data["sizes"] = c10::IValue(sizes);
+    static const auto kOp = find_op<AllGather>("tp_native::all_gather");
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return kOp.call(t, order, sizes, dim, grad, group);
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const int64_t dim = ctx->saved_data["dim"].toInt();
+    Tensor grad;
+    if (ctx->saved_data["is_partial"].toBool()) {
+      static const auto kOp = find_op<ReduceScatter>("tp_native::reduce_scatter");
+      const auto sizes = ctx->saved_data["sizes"].toSymIntVector();
+      grad = kOp.call(grads[0], order_of(ctx), sizes, dim, "sum", group_of(ctx));
+    } else {
+      grad = grads[0].narrow_symint(dim, ctx->saved_data["first"].toSymInt(),
+                                    ctx->saved_data["local"].toSymInt());
+    }
+    return {grad, none(), none(), none(), none(), none()};
+  }
+};
+
+struct ReduceScatterFunction : Function<ReduceScatterFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& t, const Tensor& order,
+                        std::vector<c10::SymInt> sizes, int64_t dim, std::string op,
+                        std::string group) {
+    save_order(ctx, order, group);
+    ctx->saved_data["dim"] = dim < 0 ? dim + t.dim() : dim;
+    ctx->saved_data["sizes"] = c10::IValue(sizes);
+    ctx->saved_data["divisor"] = op == "avg" ? static_cast<int64_t>(sizes.size()) : 1;
+    static const auto kOp = find_op<ReduceScatter>("tp_native::reduce_scatter");
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return kOp.call(t, order, sizes, dim, op, group);
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    static const auto kOp = find_op<AllGather>("tp_native::all_gather");
+    const int64_t divisor = ctx->saved_data["divisor"].toInt();
+    const auto sizes = ctx->saved_data["sizes"].toSymIntVector();
+    const Tensor whole = kOp.call(grads[0], order_of(ctx), sizes, ctx->saved_data["dim"].toInt(),
+                                  "replicated", group_of(ctx));
+    return {divisor == 1 ? whole : whole.div(divisor), none(), none(), none(), none(), none()};
+  }
+};
+
+/// y = x W^T + b. With `kReduced` each rank holds columns of W and y is summed over ranks: dx stays
+/// local. Without, each rank holds rows of W and every rank's dx is a partial sum: the same
+/// product, turned around.
+template <bool kReduced>
+struct LinearFunction : Function<LinearFunction<kReduced>> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
+                        const OptionalTensor& bias, const Tensor& order,
+                        std::vector<c10::SymInt> sizes, std::string group) {
+    save_order(ctx, order, group);
+    ctx->saved_data["sizes"] = c10::IValue(sizes);
+    // a frozen weight needs no input, a first layer no weight
+    ctx->save_for_backward(
+        {weight.requires_grad() ? x : Tensor(), x.requires_grad() ? weight : Tensor()});
+    ctx->saved_data["has_bias_grad"] = bias.has_value() && bias->requires_grad();
+    static const auto kOp = find_op<ParallelLinear>(kReduced ? "tp_native::row_parallel_linear"
+                                                             : "tp_native::column_parallel_linear");
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return kOp.call(x, weight, bias, order, sizes, group);
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    static const auto kRow = find_op<ParallelLinear>("tp_native::row_parallel_linear");
+    const auto saved = ctx->get_saved_variables();
+    const Tensor& x = saved[0];
+    const Tensor& weight = saved[1];
+    const Tensor& grad = grads[0];
+    Tensor dx;
+    Tensor dw;
+    Tensor db;
+    if (weight.defined()) {
+      dx = kReduced ? grad.matmul(weight)
+                    : kRow.call(grad, weight.t(), std::nullopt, order_of(ctx),
+                                ctx->saved_data["sizes"].toSymIntVector(), group_of(ctx));
+    }
+    if (x.defined()) dw = flat(grad).t().mm(flat(x));
+    if (ctx->saved_data["has_bias_grad"].toBool()) db = flat(grad).sum(0);
+    return {dx, dw, db, none(), none(), none()};
+  }
+};
+
+struct EmbeddingFunction : Function<EmbeddingFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& ids, const Tensor& weight,
+                        const Tensor& order, std::vector<c10::SymInt> sizes, int64_t padding_idx,
+                        std::string group) {
+    const int rank = comm::find_communicator(group)->identity().rank;
+    c10::SymInt first = 0;
+    for (int r = 0; r < rank; ++r) first = first + sizes.at(r);
+    ctx->save_for_backward({ids});
+    ctx->saved_data["first"] = first;
+    ctx->saved_data["local"] = weight.sym_size(0);
+    ctx->saved_data["padding_idx"] = padding_idx;
+    static const auto kOp = find_op<VocabParallelEmbedding>("tp_native::vocab_parallel_embedding");
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return kOp.call(ids, weight, order, sizes, padding_idx, group);
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const Tensor ids = ctx->get_saved_variables()[0];
+    const c10::SymInt local = ctx->saved_data["local"].toSymInt();
+    // ids of other ranks and the padding id share one extra row, which gets no gradient
+    const Tensor row = ids.sub(at::Scalar(ctx->saved_data["first"].toSymInt()));
+    const Tensor is_foreign = row.lt(0)
+                                  .logical_or(row.ge(local))
+                                  .logical_or(ids.eq(ctx->saved_data["padding_idx"].toInt()));
+    const Tensor index = row.masked_fill(is_foreign, local);
+    const Tensor grad =
+        at::embedding_dense_backward_symint(grads[0], index, local + 1, local, false);
+    return {none(), grad.narrow_symint(0, 0, local), none(), none(), none(), none()};
+  }
+};
+
+void all_reduce_in_place(const Tensor& t, const Tensor& order, std::string_view op,
+                         std::string_view group) {
+  TORCH_CHECK(
+      !needs_grad(t),
+      "all_reduce_ works in place and has no gradient: use all_reduce_sum(t), or torch.no_grad()");
+  static const auto kOp = find_op<AllReduceInPlace>("tp_native::all_reduce_");
+  at::AutoDispatchBelowADInplaceOrView guard;
+  kOp.call(t, order, op, group);
+}
+
+void broadcast_in_place(const Tensor& t, const Tensor& order, int64_t src, std::string_view group) {
+  TORCH_CHECK(
+      !needs_grad(t),
+      "broadcast_ works in place and has no gradient: use broadcast_tensor(t), or torch.no_grad()");
+  static const auto kOp = find_op<BroadcastInPlace>("tp_native::broadcast_");
+  at::AutoDispatchBelowADInplaceOrView guard;
+  kOp.call(t, order, src, group);
+}
+
+/// Straight to the kernel where nothing needs a gradient: recording costs microseconds.
+template <class Signature, class... Args>
+Tensor below(const char* name, const Args&... args) {
+  const auto op = find_op<Signature>(name);
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return op.call(args...);
+}
+
+Tensor all_reduce(const Tensor& t, const Tensor& order, std::string_view op,
+                  std::string_view group) {
+  if (!needs_grad(t)) return below<AllReduce>("tp_native::all_reduce", t, order, op, group);
+  TORCH_CHECK_NOT_IMPLEMENTED(op == "sum" || op == "avg", "all_reduce \"", op,
+                              "\" has no gradient: detach the input");
+  return AllReduceFunction::apply(t, order, std::string(op), std::string(group));
+}
+
+Tensor copy_to_ranks(const Tensor& t, const Tensor& order, std::string_view group) {
+  if (!needs_grad(t)) return below<CopyToRanks>("tp_native::copy_to_ranks", t, order, group);
+  return CopyToRanksFunction::apply(t, order, std::string(group));
+}
+
+Tensor broadcast(const Tensor& t, const Tensor& order, int64_t src, std::string_view group) {
+  if (!needs_grad(t)) return below<Broadcast>("tp_native::broadcast", t, order, src, group);
+  return BroadcastFunction::apply(t, order, src, std::string(group));
+}
+
+Tensor all_gather(const Tensor& t, const Tensor& order, Sizes sizes, int64_t dim,
+                  std::string_view grad, std::string_view group) {
+  TORCH_CHECK_VALUE(grad == "replicated" || grad == "partial", "all_gather: grad \"", grad,
+                    "\": expected \"replicated\" or \"partial\"");
+  if (!needs_grad(t))
+    return below<AllGather>("tp_native::all_gather", t, order, sizes, dim, grad, group);
+  return AllGatherFunction::apply(t, order, sizes.vec(), dim, std::string(grad),
+                                  std::string(group));
+}
+
+Tensor reduce_scatter(const Tensor& t, const Tensor& order, Sizes sizes, int64_t dim,
+                      std::string_view op, std::string_view group) {
+  if (!needs_grad(t))
+    return below<ReduceScatter>("tp_native::reduce_scatter", t, order, sizes, dim, op, group);
+  TORCH_CHECK_NOT_IMPLEMENTED(op == "sum" || op == "avg", "reduce_scatter \"", op,
+                              "\" has no gradient: detach the input");
+  return ReduceScatterFunction::apply(t, order, sizes.vec(), dim, std::string(op),
+                                      std::string(group));
+}
+
+template <bool kReduced>
+Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+              const Tensor& order, Sizes sizes, std::string_view group) {
+  if (!needs_grad(x, weight) && !(bias && needs_grad(*bias))) {
+    static const auto kOp = find_op<ParallelLinear>(kReduced ? "tp_native::row_parallel_linear"
+                                                             : "tp_native::column_parallel_linear");
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return kOp.call(x, weight, bias, order, sizes, group);
+  }
+  return LinearFunction<kReduced>::apply(x, weight, bias, order, sizes.vec(), std::string(group));
+}
+
+Tensor vocab_parallel_embedding(const Tensor& ids, const Tensor& weight, const Tensor& order,
+                                Sizes sizes, int64_t padding_idx, std::string_view group) {
+  if (!needs_grad(weight)) {
+    return below<VocabParallelEmbedding>("tp_native::vocab_parallel_embedding", ids, weight, order,
+                                         sizes, padding_idx, group);
+  }
+  return EmbeddingFunction::apply(ids, weight, order, sizes.vec(), padding_idx, std::string(group));
+}
+
+TORCH_LIBRARY_IMPL(tp_native, Autograd, m) {
+  m.impl("all_reduce_", &all_reduce_in_place);
+  m.impl("broadcast_", &broadcast_in_place);
+  m.impl("all_reduce", &all_reduce);
+  m.impl("copy_to_ranks", &copy_to_ranks);
+  m.impl("broadcast", &broadcast);
+  m.impl("all_gather", &all_gather);
+  m.impl("reduce_scatter", &reduce_scatter);
+  m.impl("row_parallel_linear", &linear<true>);
+  m.impl("column_parallel_linear", &linear<false>);
+  m.impl("vocab_parallel_embedding", &vocab_parallel_embedding);
+}
+
+}  // namespace
+}  // namespace tp_native::ops

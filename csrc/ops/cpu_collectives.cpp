@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: Apache-2.0
+// The collectives on CPU tensors: checks, layout, one call of the communicator.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include "ops/schema.h"
+#include "ops/tensors.h"
+
+namespace tp_native::ops {
+namespace {
+
+using comm::OpCode;
+using comm::Signature;
+
+void bump_version(const Tensor& t) {
+  if (!t.is_inference()) t.unsafeGetTensorImpl()->bump_version();
+}
+
+/// `dim` counted from 0; raises IndexError as torch does.
+int64_t wrap_dim(const char* op, const Tensor& t, int64_t dim) {
+  const int64_t wrapped = dim < 0 ? dim + t.dim() : dim;
+  TORCH_CHECK_INDEX(wrapped >= 0 && wrapped < t.dim(), op, ": dim ", dim,
+                    " is out of range for a tensor of ", t.dim(), " dimensions");
+  return wrapped;
+}
+
+void check_src(const char* op, int64_t src, const comm::Identity& group) {
+  TORCH_CHECK_VALUE(src >= 0 && src < group.size, op, ": src ", src, " is not a rank of group ",
+                    group.name, ": expected 0 to ", group.size - 1);
+}
+
+void all_reduce_in_place(const Tensor& t, const Tensor&, std::string_view op,
+                         std::string_view group) {
+  const auto communicator = comm::find_communicator(group);
+  const Tensor whole = t.contiguous();
+  const Signature signature{.op = OpCode::kAllReduce,
+                            .dtype = dtype_of(t),
+                            .reduce = reduce_op_of(op),
+                            .shape = span_of(t.sizes())};
+  communicator->all_reduce(signature, whole.const_data_ptr(), whole.mutable_data_ptr(),
+                           whole.numel(), {}, {});
+  if (!whole.is_same(t)) t.copy_(whole);
+  bump_version(t);
+}
+
+Tensor all_reduce(const Tensor& t, const Tensor&, std::string_view op, std::string_view group) {
+  const auto communicator = comm::find_communicator(group);
+  const Signature signature{.op = OpCode::kAllReduce,
+                            .dtype = dtype_of(t),
+                            .reduce = reduce_op_of(op),
+                            .shape = span_of(t.sizes())};
+  const Tensor out = empty_shared(*communicator, t.sizes(), t.options());
+  out.copy_(t);
+  communicator->all_reduce(signature, out.const_data_ptr(), out.mutable_data_ptr(), out.numel(), {},
+                           {});
+  return out;
+}
+
+Tensor copy_to_ranks(const Tensor& t, const Tensor&, std::string_view) { return t.clone(); }
+
+void broadcast_in_place(const Tensor& t, const Tensor&, int64_t src, std::string_view group) {
+  const auto communicator = comm::find_communicator(group);
+  check_src("broadcast", src, communicator->identity());
+  const Tensor whole = t.contiguous();
+  const Signature signature{.op = OpCode::kBroadcast,
+                            .dtype = dtype_of(t),
+                            .root = static_cast<int>(src),
+                            .shape = span_of(t.sizes())};
+  communicator->broadcast(signature, whole.mutable_data_ptr(), whole.numel(), {});
+  if (!whole.is_same(t)) t.copy_(whole);
+  bump_version(t);
+}
+
+Tensor broadcast(const Tensor& t, const Tensor& order, int64_t src, std::string_view group) {
+  const Tensor out = t.clone(at::MemoryFormat::Contiguous);
+  broadcast_in_place(out, order, src, group);
+  return out;
+}
+
+Tensor all_gather(const Tensor& t, const Tensor&, Sizes symbolic, int64_t dim, std::string_view,
+                  std::string_view group) {
+  const auto communicator = comm::find_communicator(group);
+  const comm::Identity& self = communicator->identity();
+  const at::IntArrayRef sizes = C10_AS_INTARRAYREF_SLOW(symbolic);
+  dim = wrap_dim("all_gather", t, dim);
+  check_sizes("all_gather", sizes, self);
+  TORCH_CHECK_VALUE(t.size(dim) == sizes[self.rank], "all_gather: dimension ", dim, " is ",
+                    t.size(dim), " on rank ", self.rank, ", expected ", sizes[self.rank],
+                    " by the partition ", text_of(sizes),
+                    "; pass partition=Partition.from_sizes([...]) with every rank's size");
+  std::vector<int64_t> shape = t.sizes().vec();
+  shape[dim] = c10::sum_integers(sizes);
+  const int64_t rows = c10::multiply_integers(shape.begin(), shape.begin() + dim);
+  const int64_t inner = c10::multiply_integers(shape.begin() + dim + 1, shape.end());
+  std::vector<int64_t> columns;
+  for (const int64_t n : sizes) columns.push_back(n * inner);
+  const Tensor out = at::empty(shape, t.options());
+  const Tensor in = t.contiguous();
+  const Signature signature{.op = OpCode::kAllGather,
+                            .dtype = dtype_of(t),
+                            .dim = static_cast<int>(dim),
+                            .shape = shape,
+                            .sizes = span_of(sizes)};
+  communicator->all_gather(signature, in.const_data_ptr(), out.mutable_data_ptr(), rows, columns,
+                           {});
+  return out;
+}
+
+Tensor reduce_scatter(const Tensor& t, const Tensor&, Sizes symbolic, int64_t dim,
+                      std::string_view op, std::string_view group) {
+  const auto communicator = comm::find_communicator(group);
+  const comm::Identity& self = communicator->identity();
+  const at::IntArrayRef sizes = C10_AS_INTARRAYREF_SLOW(symbolic);
+  dim = wrap_dim("reduce_scatter", t, dim);
+  check_sizes("reduce_scatter", sizes, self);
+  TORCH_CHECK_VALUE(t.size(dim) == c10::sum_integers(sizes), "reduce_scatter: dimension ", dim,
+                    " is ", t.size(dim), ", the partition ", text_of(sizes), " adds up to ",
+                    c10::sum_integers(sizes));
+  const Tensor in = t.movedim(dim, 0).contiguous();  // rank r's part is one run then
+  std::vector<int64_t> shape = in.sizes().vec();
+  const int64_t inner = c10::multiply_integers(shape.begin() + 1, shape.end());
+  std::vector<int64_t> counts;
+  for (const int64_t n : sizes) counts.push_back(n * inner);
+  shape[0] = sizes[self.rank];
+  const Tensor out = at::empty(shape, t.options());
+  const Signature signature{.op = OpCode::kReduceScatter,
+                            .dtype = dtype_of(t),
+                            .reduce = reduce_op_of(op),
+                            .dim = static_cast<int>(dim),
+                            .shape = span_of(t.sizes()),
+                            .sizes = span_of(sizes)};
+  communicator->reduce_scatter(signature, in.const_data_ptr(), out.mutable_data_ptr(), counts, {});
+  return out.movedim(0, dim).contiguous();
+}
+
+Tensor make_empty_shared(at::IntArrayRef shape, at::ScalarType dtype, std::string_view group) {
+  return empty_shared(*comm::find_communicator(group), shape, at::TensorOptions().dtype(dtype));
+}
+
+TORCH_LIBRARY_IMPL(tp_native, CPU, m) {
+  m.impl("all_reduce_", &all_reduce_in_place);
+  m.impl("broadcast_", &broadcast_in_place);
+  m.impl("all_reduce", &all_reduce);
+  m.impl("copy_to_ranks", &copy_to_ranks);
+  m.impl("broadcast", &broadcast);
+  m.impl("all_gather", &all_gather);
+  m.impl("reduce_scatter", &reduce_scatter);
+}
+
+TORCH_LIBRARY_IMPL(tp_native, CompositeExplicitAutograd, m) {
+  m.impl("empty_shared", &make_empty_shared);
+}
+
+}  // namespace
+}  // namespace tp_native::ops

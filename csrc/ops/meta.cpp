@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+// Shapes without data. No group is looked up here: compilers and planners run these in processes
+// that have none.
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/library.h>
+
+#include "ops/schema.h"
+
+namespace tp_native::ops {
+namespace {
+
+Tensor with_last(const Tensor& x, c10::SymInt width, const at::TensorOptions& options) {
+  std::vector<c10::SymInt> shape = x.sym_sizes().vec();
+  shape.back() = std::move(width);
+  return at::empty_symint(shape, options);
+}
+
+Tensor same(const Tensor& t) { return at::empty_like(t, at::MemoryFormat::Contiguous); }
+
+c10::SymInt sum(Sizes sizes) {
+  c10::SymInt total = 0;
+  for (const c10::SymInt& n : sizes) total = total + n;
+  return total;
+}
+
+void all_reduce_in_place(const Tensor&, const Tensor&, std::string_view, std::string_view) {}
+void broadcast_in_place(const Tensor&, const Tensor&, int64_t, std::string_view) {}
+Tensor all_reduce(const Tensor& t, const Tensor&, std::string_view, std::string_view) {
+  return same(t);
+}
+Tensor copy_to_ranks(const Tensor& t, const Tensor&, std::string_view) { return at::empty_like(t); }
+Tensor broadcast(const Tensor& t, const Tensor&, int64_t, std::string_view) { return same(t); }
+
+Tensor all_gather(const Tensor& t, const Tensor&, Sizes sizes, int64_t dim, std::string_view,
+                  std::string_view) {
+  std::vector<c10::SymInt> shape = t.sym_sizes().vec();
+  shape.at(dim < 0 ? dim + t.dim() : dim) = sum(sizes);
+  return at::empty_symint(shape, t.options());
+}
+
+/// The width of one rank's part differs between ranks and only the group knows whose part this is:
+/// an unbacked size would be honest but useless to compilers, so even partitions are required where
+/// shapes are traced.
+Tensor reduce_scatter(const Tensor& t, const Tensor&, Sizes sizes, int64_t dim, std::string_view,
+                      std::string_view) {
+  for (const c10::SymInt& n : sizes) {
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        n == sizes[0],
+        "reduce_scatter over an uneven partition cannot be traced: its shape "
+        "depends on the rank; call it outside torch.compile, or use an even partition");
+  }
+  std::vector<c10::SymInt> shape = t.sym_sizes().vec();
+  shape.at(dim < 0 ? dim + t.dim() : dim) = sizes.empty() ? c10::SymInt(0) : sizes[0];
+  return at::empty_symint(shape, t.options());
+}
+
+Tensor parallel_linear(const Tensor& x, const Tensor& weight, const OptionalTensor&, const Tensor&,
+                       Sizes, std::string_view) {
+  check_device("parallel linear", x, weight);
+  return with_last(x, weight.sym_size(0), x.options());
+}
+
+Tensor vocab_parallel_embedding(const Tensor& ids, const Tensor& weight, const Tensor&, Sizes,
+                                int64_t, std::string_view) {
+  check_device("vocab_parallel_embedding", ids, weight);
+  std::vector<c10::SymInt> shape = ids.sym_sizes().vec();
+  shape.push_back(weight.sym_size(1));
+  return at::empty_symint(shape, weight.options());
+}
+
+TORCH_LIBRARY_IMPL(tp_native, Meta, m) {
+  m.impl("all_reduce_", &all_reduce_in_place);
+  m.impl("broadcast_", &broadcast_in_place);
+  m.impl("all_reduce", &all_reduce);
+  m.impl("copy_to_ranks", &copy_to_ranks);
+  m.impl("broadcast", &broadcast);
+  m.impl("all_gather", &all_gather);
+  m.impl("reduce_scatter", &reduce_scatter);
+  m.impl("row_parallel_linear", &parallel_linear);
+  m.impl("column_parallel_linear", &parallel_linear);
+  m.impl("vocab_parallel_embedding", &vocab_parallel_embedding);
+}
+
+}  // namespace
+}  // namespace tp_native::ops

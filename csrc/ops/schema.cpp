@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+// Every schema, written by hand. `order` is a one-element tensor of the group that every
+// communicating op claims to write: compilers then keep collectives, and keep them in the same
+// order on ranks whose shards differ (DESIGN.md 7). `sizes` is the partition of all ranks, so that
+// shapes follow without looking the group up.
+#include <torch/library.h>
+
+TORCH_LIBRARY(tp_native, m) {
+  m.def("all_reduce_(Tensor(a!) t, Tensor(b!) order, str op, str group) -> ()");
+  m.def("broadcast_(Tensor(a!) t, Tensor(b!) order, int src, str group) -> ()");
+  m.def("all_reduce(Tensor t, Tensor(a!) order, str op, str group) -> Tensor");
+  m.def("copy_to_ranks(Tensor t, Tensor order, str group) -> Tensor");
+  m.def("broadcast(Tensor t, Tensor(a!) order, int src, str group) -> Tensor");
+  m.def(
+      "all_gather(Tensor t, Tensor(a!) order, SymInt[] sizes, int dim, str grad, str group) -> "
+      "Tensor");
+  m.def(
+      "reduce_scatter(Tensor t, Tensor(a!) order, SymInt[] sizes, int dim, str op, str group) -> "
+      "Tensor");
+  m.def(
+      "row_parallel_linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) order, SymInt[] "
+      "sizes, str group) -> Tensor");
+  m.def(
+      "column_parallel_linear(Tensor x, Tensor weight, Tensor? bias, Tensor order, SymInt[] sizes, "
+      "str group) -> Tensor");
+  m.def(
+      "vocab_parallel_embedding(Tensor ids, Tensor weight, Tensor(a!) order, SymInt[] sizes, int "
+      "padding_idx, str group) "
+      "-> Tensor");
+  m.def("empty_shared(int[] shape, ScalarType dtype, str group) -> Tensor");
+}

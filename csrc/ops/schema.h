@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+// The C++ types of the schemas in schema.cpp, and one call per op through the dispatcher.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <optional>
+#include <string_view>
+
+namespace tp_native::ops {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using Sizes = c10::SymIntArrayRef;
+
+using AllReduceInPlace = void(const Tensor& t, const Tensor& order, std::string_view op,
+                              std::string_view group);
+using BroadcastInPlace = void(const Tensor& t, const Tensor& order, int64_t src,
+                              std::string_view group);
+using AllReduce = Tensor(const Tensor& t, const Tensor& order, std::string_view op,
+                         std::string_view group);
+using CopyToRanks = Tensor(const Tensor& t, const Tensor& order, std::string_view group);
+using Broadcast = Tensor(const Tensor& t, const Tensor& order, int64_t src, std::string_view group);
+using AllGather = Tensor(const Tensor& t, const Tensor& order, Sizes sizes, int64_t dim,
+                         std::string_view grad, std::string_view group);
+using ReduceScatter = Tensor(const Tensor& t, const Tensor& order, Sizes sizes, int64_t dim,
+                             std::string_view op, std::string_view group);
+using ParallelLinear = Tensor(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                              const Tensor& order, Sizes sizes, std::string_view group);
+using VocabParallelEmbedding = Tensor(const Tensor& ids, const Tensor& weight, const Tensor& order,
+                                      Sizes sizes, int64_t padding_idx, std::string_view group);
+
+/// Raises ValueError where a layer's input and weight lie on different devices, fake and meta ones
+/// included.
+inline void check_device(const char* op, const Tensor& input, const Tensor& weight) {
+  TORCH_CHECK_VALUE(input.device() == weight.device(), op, ": the input is on ", input.device(),
+                    ", the weight on ", weight.device(),
+                    ": move the input with x.to(weight.device)");
+}
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find_op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+}
+
+}  // namespace tp_native::ops

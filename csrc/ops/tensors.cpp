@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "ops/tensors.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <c10/util/Exception.h>
+
+#include <sstream>
+
+namespace tp_native::ops {
+
+DType dtype_of(const at::Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return DType::kFloat32;
+    case at::kDouble:
+      return DType::kFloat64;
+    case at::kHalf:
+      return DType::kFloat16;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    case at::kInt:
+      return DType::kInt32;
+    case at::kLong:
+      return DType::kInt64;
+    case at::kByte:
+      return DType::kUInt8;
+    case at::kChar:
+      return DType::kInt8;
+    case at::kShort:
+      return DType::kInt16;
+    case at::kBool:
+      return DType::kBool;
+    default:
+      C10_THROW_ERROR(TypeError,
+                      c10::str("dtype ", t.scalar_type(),
+                               " cannot be sent between ranks: expected float32, "
+                               "float64, float16, bfloat16, an integer of 8 to 64 bits, or bool"));
+  }
+}
+
+ReduceOp reduce_op_of(std::string_view op) {
+  if (op == "sum") return ReduceOp::kSum;
+  if (op == "max") return ReduceOp::kMax;
+  if (op == "min") return ReduceOp::kMin;
+  if (op == "avg") return ReduceOp::kAvg;
+  C10_THROW_ERROR(ValueError, c10::str("reduce op \"", op,
+                                       "\": expected \"sum\", \"avg\", \"max\" or \"min\""));
+}
+
+at::Tensor empty_shared(comm::Communicator& communicator, at::IntArrayRef shape,
+                        const at::TensorOptions& options) {
+  const int64_t bytes =
+      c10::multiply_integers(shape) * static_cast<int64_t>(options.dtype().itemsize());
+  comm::Block block = communicator.allocate(bytes);
+  if (!block.data) return at::empty(shape, options);
+  return at::from_blob(block.data, shape, [owner = std::move(block.owner)](void*) {}, options);
+}
+
+void check_sizes(const char* op, at::IntArrayRef sizes, const comm::Identity& group) {
+  TORCH_CHECK_VALUE(static_cast<int>(sizes.size()) == group.size, op, ": sizes ", text_of(sizes),
+                    " has ", sizes.size(), " entries, expected one for each of the ", group.size,
+                    " ranks of group ", group.name);
+  for (const int64_t n : sizes) {
+    TORCH_CHECK_VALUE(n >= 0, op, ": sizes ", text_of(sizes), " has a negative entry");
+  }
+}
+
+std::string text_of(at::IntArrayRef values) {
+  std::ostringstream text;
+  text << '[';
+  for (size_t i = 0; i < values.size(); ++i) text << (i ? ", " : "") << values[i];
+  text << ']';
+  return text.str();
+}
+
+}  // namespace tp_native::ops

@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+// Between torch's tensors and the core's pointers.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <memory>
+#include <string_view>
+#include <vector>
+
+#include "comm/communicator.h"
+#include "comm/registry.h"
+
+namespace tp_native::ops {
+
+/// Raises TypeError for a dtype that the core does not carry.
+DType dtype_of(const at::Tensor& t);
+ReduceOp reduce_op_of(std::string_view op);
+
+/// An uninitialised tensor, in the communicator's arena where it can be: a collective on it copies
+/// nothing.
+at::Tensor empty_shared(comm::Communicator& communicator, at::IntArrayRef shape,
+                        const at::TensorOptions& options);
+
+/// Raises ValueError unless `sizes` has one entry per rank, none negative.
+void check_sizes(const char* op, at::IntArrayRef sizes, const comm::Identity& group);
+
+inline std::span<const int64_t> span_of(at::IntArrayRef values) {
+  return {values.data(), values.size()};
+}
+
+/// "[4, 4, 3]"
+std::string text_of(at::IntArrayRef values);
+
+}  // namespace tp_native::ops
