@@ -1,0 +1,335 @@
+"""Turn a dense model into this rank's share of it: the same object, its modules swapped."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .agreement import agreed, check_same
+from .errors import PlanError
+from .group import Group, copy_to_ranks, current_group
+from .nn import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    ShardedModule,
+    VocabParallelEmbedding,
+)
+from .plan import ShardEntry, ShardPlan
+from .plan import plan as make_plan
+from .state import (
+    ParallelState,
+    attach_state,
+    full_state_dict,
+    iter_full_state,
+    state_of,
+    unwrap,
+)
+from .verify import Recording, compare, record, verify
+
+__all__ = [
+    "DistributedModelWrapper",
+    "full_state_dict",
+    "iter_full_state",
+    "parallelize",
+    "unwrap",
+    "verify",
+]
+
+# Shared with the dense module, so that a handle taken before the swap still removes its hook.
+_HOOKS = (
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_forward_hooks",
+    "_forward_hooks_always_called",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_load_state_dict_post_hooks",
+    "_load_state_dict_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+)
+
+
+def parallelize(
+    model: nn.Module,
+    group: Group | None = None,
+    *,
+    plan: ShardPlan | None = None,
+    verify: Sequence[Any] | Tensor | None = None,
+) -> nn.Module:
+    """Cut ``model`` in place for ``group``, and return it.
+
+    Its Linears and Embeddings that ``plan`` names (default: `tp_native.plan` of the model) are
+    swapped for parallel ones holding this rank's slices; forward, class, keys, hooks, dtype,
+    device and ``requires_grad`` stay, a tied weight stays one Parameter, meta stays meta. In a
+    world of one nothing is swapped. Collective: all ranks pass the same dense model.
+
+    ``verify`` (inputs for one forward pass) runs the model before and after, and undoes the
+    swap with a PlanError if an output departs; it keeps both models in memory meanwhile.
+    Raises: PlanError if the model can't be cut, is parallel already, or doesn't fit ``plan``;
+    ValueError if the ranks hold different models.
+    """
+    group = current_group(group)
+    swaps: list[tuple[nn.Module, str, nn.Module]] = []
+    dense: Recording | None = None
+    inputs = (verify,) if isinstance(verify, Tensor) else verify
+    with agreed(group):
+        if state_of(model) is not None or _has_parallel_modules(model):
+            raise PlanError(
+                f"{type(model).__name__} is parallelized already; start from a dense model"
+            )
+        if plan is None and group.size > 1:
+            plan = make_plan(model, group.size)
+        if plan is not None:
+            _check_fit(model, plan, group.size)
+    if plan is None or group.size == 1:
+        return model
+    check_same(group, _fingerprint(model, plan), "weights or plans of the dense models")
+    with agreed(group):
+        if inputs is not None:
+            dense = record(model, *inputs)
+    keep_old = inputs is not None
+    locals_: dict[str, nn.Parameter] = {}
+    for name, entry in plan.entries.items():
+        parent = model.get_submodule(name.rpartition(".")[0])
+        child = name.rpartition(".")[2]
+        old = getattr(parent, child)
+        new = _parallel_module(name, old, entry, plan, group, locals_)
+        setattr(parent, child, new)
+        if keep_old:
+            swaps.append((parent, child, old))
+    if dense is not None and inputs is not None:
+        try:
+            compare(model, dense, inputs, plan, group)
+        except BaseException:
+            for parent, child, old in swaps:
+                setattr(parent, child, old)
+            raise
+    for name in plan.partial_gradients:
+        _sum_gradients(model.get_submodule(name), group)
+    _attach(model, ParallelState(group, plan))
+    return model
+
+
+class DistributedModelWrapper(nn.Module):
+    """A parallelized model behind one module: calls, attributes and keys go through to it.
+
+    ``world_size`` and ``rank`` are only checked against the group. ``state_dict`` has the
+    model's own keys, without a prefix; the model itself is ``.wrapped_model``. A model that is
+    parallelized for this group already is taken as it is.
+    Raises: ValueError if ``world_size`` or ``rank`` is not the group's; what `parallelize` raises.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        group: Group | None = None,
+        *,
+        world_size: int | None = None,
+        rank: int | None = None,
+        plan: ShardPlan | None = None,
+        verify: Sequence[Any] | Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        group = current_group(group)
+        for what, given, actual in (
+            ("world_size", world_size, group.size),
+            ("rank", rank, group.rank),
+        ):
+            if given is not None and given != actual:
+                raise ValueError(
+                    f"DistributedModelWrapper got {what} {given}, but the group has {what} "
+                    f"{actual}; leave it out, or start {'that many' if what != 'rank' else 'the'} "
+                    "ranks with torchrun and call init_tensor_parallel first"
+                )
+        state = state_of(model)
+        if state is None or plan is not None or verify is not None or state.group is not group:
+            parallelize(model, group, plan=plan, verify=verify)
+        # Not registered as a submodule: sharing its tables keeps every key free of a prefix.
+        self.__dict__["wrapped_model"] = model
+        for table in ("_modules", "_parameters", "_buffers"):
+            self.__dict__[table] = model.__dict__[table]
+        self.__dict__["training"] = model.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own forward."""
+        return self.wrapped_model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "wrapped_model":
+            raise AttributeError(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.wrapped_model, name)
+
+    def train(self, mode: bool = True) -> DistributedModelWrapper:
+        """Set the model's training flag and the wrapper's."""
+        self.wrapped_model.train(mode)
+        self.training = mode
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """This rank's part of the model's ``state_dict``, under the model's keys."""
+        return self.wrapped_model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load this rank's state, or a whole dense one, which is sliced."""
+        return self.wrapped_model.load_state_dict(*args, **kwargs)
+
+
+def _has_parallel_modules(model: nn.Module) -> bool:
+    return any(isinstance(module, ShardedModule) for module in model.modules())
+
+
+def _check_fit(model: nn.Module, plan: ShardPlan, size: int) -> None:
+    if plan.world_size != size:
+        raise PlanError(
+            f"the plan is for {plan.world_size} ranks but the group has {size}; "
+            f"make it with tp.plan(model, {size})"
+        )
+    params = model.named_parameters(remove_duplicate=False)
+    shapes = {name: tuple(param.shape) for name, param in params}
+    if shapes != dict(plan.shapes):
+        odd = sorted(shapes.items() ^ plan.shapes.items())[:4]
+        raise PlanError(f"the plan was made for another model; they differ in {odd}")
+
+
+def _fingerprint(model: nn.Module, plan: ShardPlan) -> int:
+    """63 bits of a few values of every parameter and of the plan."""
+    digest = hashlib.sha256(repr((plan.entries, plan.partial_gradients)).encode())
+    for name, param in model.named_parameters():
+        digest.update(f"{name}{param.dtype}{param.device.type}".encode())
+        if param.device.type != "meta":
+            head = param.detach().flatten()[:8].to("cpu").double()
+            digest.update(repr(head.tolist()).encode())
+    return int.from_bytes(digest.digest()[:8], "little") >> 1
+
+
+def _parallel_module(
+    name: str,
+    old: nn.Module,
+    entry: ShardEntry,
+    plan: ShardPlan,
+    group: Group,
+    made: dict[str, nn.Parameter],
+) -> nn.Module:
+    """The parallel twin of ``old`` with its slices; ``made`` keeps tied parameters one."""
+    new = _empty_twin(old, entry, group)
+    for local, dense in old.named_parameters(recurse=False):
+        full_name = f"{name}.{local}"
+        first = plan.aliases.get(full_name, full_name)
+        dim = entry.dims.get(local)
+        if first not in made:
+            whole = dense.detach()
+            if dim is None:
+                made[first] = dense
+            else:
+                piece = entry.partition.slice(group.rank)
+                share = whole.narrow(dim, piece.start, piece.stop - piece.start)
+                # clone(), not contiguous(): a view would keep the dense storage alive.
+                share = share.clone(memory_format=torch.contiguous_format)
+                made[first] = nn.Parameter(share, requires_grad=dense.requires_grad)
+                made[first].__dict__.update(dense.__dict__)
+                made[first].__dict__.update(getattr(new, local).__dict__)
+        new.register_parameter(local, made[first])
+    new.train(old.training)
+    for table in _HOOKS:
+        if table in old.__dict__:
+            hooks = old.__dict__[table]
+            hooks.update(new.__dict__.get(table, {}))
+            new.__dict__[table] = hooks
+    return new
+
+
+def _empty_twin(old: nn.Module, entry: ShardEntry, group: Group) -> nn.Module:
+    if isinstance(old, nn.Embedding):
+        return VocabParallelEmbedding(
+            old.num_embeddings,
+            old.embedding_dim,
+            old.padding_idx,
+            group=group,
+            partition=entry.partition,
+            device="meta",
+            dtype=old.weight.dtype,
+        )
+    assert isinstance(old, nn.Linear)
+    has_bias = old.bias is not None
+    if entry.dims["weight"] == 0:
+        return ColumnParallelLinear(
+            old.in_features,
+            old.out_features,
+            has_bias,
+            group=group,
+            gather_output=entry.gather_output,
+            partition=entry.partition,
+            device="meta",
+            dtype=old.weight.dtype,
+        )
+    return RowParallelLinear(
+        old.in_features,
+        old.out_features,
+        has_bias,
+        group=group,
+        partition=entry.partition,
+        device="meta",
+        dtype=old.weight.dtype,
+    )
+
+
+def _sum_gradients(module: nn.Module, group: Group) -> None:
+    """Make a whole module's parameters sum their gradients over the ranks, once per backward.
+
+    The module's class becomes a subclass of its own, of the same name, whose parameter
+    attributes pass through `copy_to_ranks`; stored parameters and keys stay as they are.
+    """
+    names = [name for name, _ in module.named_parameters(recurse=False)]
+
+    def reader(name: str) -> Callable[[Any], Tensor]:
+        return lambda self: copy_to_ranks(self._parameters[name], group)
+
+    kind = type(module)
+    body = {name: property(reader(name)) for name in names}
+    module.__class__ = type(kind.__name__, (kind,), {**body, "__module__": kind.__module__})
+
+
+def _attach(model: nn.Module, state: ParallelState) -> None:
+    attach_state(model, state)
+    if hasattr(model, "save_pretrained"):
+        # transformers' own would write this rank's share as if it were the model.
+        model.__dict__["save_pretrained"] = MethodType(_save_pretrained, model)
+    if hasattr(model, "_get_static_cache_init_shape"):
+        # The static cache then takes its heads from the first keys it sees, not from the config.
+        model.__dict__["_get_static_cache_init_shape"] = _no_early_shape
+
+
+def _save_pretrained(
+    model: nn.Module,
+    save_directory: str,
+    *,
+    max_shard_size: int | str = "5GB",
+    **unsupported: Any,
+) -> None:
+    """`tp_native.save_pretrained` under the name and options that transformers' users know."""
+    # Found late: the writer is a room above this one, and only a call needs it.
+    writer = import_module("tp_native.checkpoint.writer")
+    neutral = (None, True, False)
+    odd = [key for key, value in unsupported.items() if not any(value is n for n in neutral)]
+    if odd or unsupported.get("push_to_hub"):
+        raise ValueError(
+            f"save_pretrained of a parallelized model does not take {odd or ['push_to_hub']}; "
+            "call it on all ranks with the folder and, if you like, max_shard_size"
+        )
+    max_shard_bytes = writer.parse_bytes(max_shard_size)
+    writer.save_pretrained(model, save_directory, max_shard_bytes=max_shard_bytes)
+
+
+def _no_early_shape() -> None:
+    return None
