@@ -1,0 +1,365 @@
+"""What a rank sees when another dies, leaves, never comes or calls something else."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+import tp_native as tp
+from harness import World, run_ranks
+from tp_native.group import Group
+
+
+def shared_memory_names() -> list[str]:
+    return sorted(os.listdir("/dev/shm"))
+
+
+def loops_until_told(group: Group, op: str) -> dict[str, Any]:
+    """Collectives for ever; what ended them, and when (CLOCK_MONOTONIC is the machine's)."""
+    layer = tp.RowParallelLinear(64, 600, group=group)
+    x = torch.ones(8, layer.local_in_features)
+    small, large = torch.ones(100), torch.ones(200_000)
+    try:
+        while True:
+            if op == "all_reduce":
+                group.all_reduce_(small)
+                group.all_reduce_(large)
+            elif op == "all_gather":
+                group.all_gather(large)
+            elif op == "broadcast":
+                group.broadcast_(large, group.size - 1)
+            elif op == "barrier":
+                group.barrier()
+            else:
+                layer(x)
+    except tp.TensorParallelError as error:
+        at = time.monotonic()
+        again = ""
+        try:
+            group.all_reduce_(small)
+        except tp.TensorParallelError as second:
+            again = str(second)
+        return {
+            "at": at,
+            "type": type(error).__name__,
+            "text": str(error),
+            "again": again,
+            "op": error.op,
+            "peer": error.peer,
+            "rank": error.rank,
+            "seq": error.seq,
+        }
+
+
+KILLS = [
+    (2, op, 1)
+    for op in ("all_reduce", "all_gather", "broadcast", "barrier", "row_parallel_linear") * 3
+]
+KILLS += [
+    (3, "all_reduce", 0),
+    (3, "row_parallel_linear", 2),
+    (4, "all_reduce", 1),
+    (4, "barrier", 0),
+    (4, "all_gather", 3),
+]
+
+
+def test_20_sigkills_inside_collectives_are_named_within_100_ms() -> None:
+    before = shared_memory_names()
+    delays = []
+    rng = random.Random(5)
+    assert len(KILLS) == 20
+    for size, op, victim in KILLS:
+        world = World(size)
+        try:
+            world.run(warm_up)
+            world.start(loops_until_told, op)
+            time.sleep(0.15 + 0.05 * rng.random())
+            killed_at = time.monotonic()
+            world.signal(victim, signal.SIGKILL)
+            outcomes = world.outcomes(20)
+            assert outcomes[victim] is None
+            for rank, outcome in enumerate(outcomes):
+                if outcome is None:
+                    assert rank == victim
+                    continue
+                found = outcome.result
+                assert found["type"] == "PeerLostError", found
+                assert (
+                    found["peer"] == victim
+                    and found["rank"] == rank
+                    and found["op"] == op
+                    and found["seq"] > 0
+                ), found
+                pid = world.processes[victim].pid
+                assert f"rank {victim} (pid {pid}) died" in found["text"] and op in found["text"], (
+                    found
+                )
+                assert found["again"] == found["text"]  # poisoned: the same record
+                delays.append(found["at"] - killed_at)
+        finally:
+            world.kill()
+    assert max(delays) <= 0.1, sorted(delays)[-5:]
+    assert shared_memory_names() == before
+
+
+def warm_up(group: Group) -> None:
+    group.barrier()
+
+
+def sleeps(group: Group) -> None:
+    time.sleep(60)
+
+
+def test_a_death_outside_any_collective_is_reported_by_the_next_one() -> None:
+    world = World(2)
+    try:
+        world.run(warm_up)
+        world.signal(1, signal.SIGKILL)
+        world.processes[1].wait()
+        time.sleep(0.2)
+        world.start(loops_until_told, "barrier")
+        outcome = world.outcomes(20)[0]
+        assert outcome is not None and outcome.result["type"] == "PeerLostError"
+    finally:
+        world.kill()
+
+
+def leaves_early(group: Group) -> str:
+    if group.rank == 1:
+        group.close()
+        return "left"
+    with pytest.raises(tp.PeerLostError, match=r"rank 1 \(pid \d+\) left the group") as info:
+        group.all_reduce_(torch.ones(4))
+    return str(info.value)
+
+
+def test_a_rank_that_leaves_is_named() -> None:
+    world = World(2)
+    try:
+        assert world.run(leaves_early)[1] == "left"
+    finally:
+        world.kill()
+
+
+def raises_inside_with(group: Group) -> None:
+    with group:
+        if group.rank == 0:
+            raise KeyError("no such thing")
+        group.barrier()
+
+
+def test_an_exception_on_one_rank_reaches_the_others_with_its_reason() -> None:
+    world = World(2)
+    try:
+        world.start(raises_inside_with)
+        first, second = world.outcomes(20)
+        assert first is not None and second is not None
+        assert isinstance(first.error, KeyError)
+        assert isinstance(second.error, tp.TensorParallelError)
+        assert "rank 0 aborted the group: KeyError: 'no such thing'" in str(second.error)
+    finally:
+        world.kill()
+
+
+def call(group: Group, what: str) -> None:
+    t = torch.ones(6)
+    cut = tp.Partition.from_sizes
+    calls = {
+        "float32": lambda: group.all_reduce_(t),
+        "int32": lambda: group.broadcast_(t.int()),
+        "two by three": lambda: group.all_reduce_(t.view(2, 3)),
+        "three by two": lambda: group.all_reduce_(t.view(3, 2)),
+        "float16": lambda: group.all_reduce_(torch.ones(6, dtype=torch.float16)),
+        "bfloat16": lambda: group.all_reduce_(torch.ones(6, dtype=torch.bfloat16)),
+        "max": lambda: group.all_reduce_(t, "max"),
+        "avg": lambda: group.all_reduce_(t, "avg"),
+        "broadcast": lambda: group.broadcast_(t),
+        "broadcast from 1": lambda: group.broadcast_(t, 1),
+        "gather": lambda: group.all_gather(t),
+        "gather, other sizes": lambda: group.all_gather(t[: 6 - group.rank], 0, cut([6, 5])),
+        "barrier": lambda: group.barrier(),
+        "shared": lambda: group.all_reduce_(group.empty_shared(2000)),
+        "shared, longer": lambda: group.all_reduce_(group.empty_shared(2001)),
+        "linear": lambda: torch.ops.tp_native.row_parallel_linear(
+            torch.ones(2, 3), torch.ones(3, 3), None, group.order, [3, 3], group.name
+        ),
+    }
+    calls[what]()
+
+
+def mismatch_matrix(names: list[str]) -> None:
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            caught: list[str] = []
+
+            def run(group: Group, pair: tuple[str, str], caught: list[str]) -> None:
+                with pytest.raises(
+                    tp.CollectiveMismatchError, match="entered different collectives"
+                ) as info:
+                    call(group, pair[group.rank])
+                assert "rank 0 " in str(info.value) and "rank 1 " in str(info.value)
+                caught.append(str(info.value))
+
+            tp.simulate(run, 2, (first, second), caught)
+            assert len(caught) == 2, (first, second)  # on both ranks
+
+
+def test_every_pair_of_unlike_calls_is_a_mismatch_on_both_ranks() -> None:
+    names = [
+        "float32",
+        "int32",
+        "two by three",
+        "three by two",
+        "float16",
+        "bfloat16",
+        "max",
+        "avg",
+        "broadcast",
+        "broadcast from 1",
+        "gather",
+        "gather, other sizes",
+        "barrier",
+        "shared",
+        "shared, longer",
+        "linear",
+    ]
+    mismatch_matrix(names)
+
+
+def mismatched(group: Group, pair: tuple[str, str]) -> tuple[str, float]:
+    group.barrier()
+    start = time.monotonic()
+    with pytest.raises(tp.CollectiveMismatchError) as info:
+        call(group, pair[min(group.rank, 1)])
+    return str(info.value), time.monotonic() - start
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_processes_report_a_mismatch_with_both_sides(size: int) -> None:
+    world = World(size)
+    try:
+        for text, _ in world.run(mismatched, ("float16", "bfloat16")):
+            assert (
+                "rank 0 all_reduce(sum, float16 [6])" in text
+                and "rank 1 all_reduce(sum, bfloat16 [6])" in text
+            )
+    finally:
+        world.kill()
+
+
+def one_rank_skips(group: Group) -> str:
+    if group.rank == 1:
+        time.sleep(1.0)
+        return ""
+    with pytest.raises(
+        tp.CollectiveTimeoutError, match=r"rank 1 \(pid \d+\) did not come within 0.5 s"
+    ) as info:
+        group.barrier(timeout_s=0.5)
+    return str(info.value)
+
+
+def test_a_late_rank_is_named_with_the_table_of_ranks() -> None:
+    world = World(2)
+    try:
+        text = world.run(one_rank_skips)[0]
+        assert "1 last called barrier" in text or "1 has called nothing yet" in text, text
+    finally:
+        world.kill()
+
+
+def test_a_missing_rank_is_named_at_the_deadline() -> None:
+    for present, missing in ((0, 1), (1, 0)):
+        start = time.monotonic()
+        world = World(3, ranks=[present, 2], init_timeout_s=1.0)
+        try:
+            world.start(warm_up)
+            for outcome in world.outcomes(20):
+                assert outcome is not None and isinstance(outcome.error, tp.TensorParallelError), (
+                    outcome
+                )
+                assert f"ranks missing: {missing}" in str(outcome.error)
+            assert time.monotonic() - start < 15
+        finally:
+            world.kill()
+
+
+def refusals(world: World) -> list[str]:
+    world.start(warm_up)
+    texts = []
+    for outcome in world.outcomes(20):
+        assert outcome is not None and isinstance(outcome.error, tp.TensorParallelError), outcome
+        texts.append(str(outcome.error))
+    world.kill()
+    return texts
+
+
+def test_wrong_world_sizes_and_duplicate_ranks_are_refused_on_both_sides() -> None:
+    sizes = {"WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}
+    for text in refusals(World(2, env=[{}, sizes], init_timeout_s=5.0)):
+        assert "was started with world size 3, rank 0" in text
+    for text in refusals(World(3, ranks=[0, 1, 1], init_timeout_s=5.0)):
+        assert "two processes say that they are rank 1" in text
+    texts = refusals(World(2, ranks=[0, 0], init_timeout_s=1.5))
+    assert any("another process is rank 0 of this job already" in text for text in texts)
+
+
+def interrupted(group: Group) -> str:
+    if group.rank == 0:
+        with pytest.raises(KeyboardInterrupt):
+            group.barrier()
+        return "interrupted"
+    time.sleep(1.0)
+    with pytest.raises(tp.PeerLostError, match="rank 0 was interrupted by a signal") as info:
+        group.barrier()
+    return str(info.value)
+
+
+def test_ctrl_c_ends_a_wait_and_tells_the_peers() -> None:
+    world = World(2)
+    try:
+        world.run(warm_up)
+        world.start(interrupted)
+        time.sleep(0.3)
+        world.signal(0, signal.SIGINT)
+        assert world.results(20)[0] == "interrupted"
+    finally:
+        world.kill()
+
+
+def test_ranks_end_by_themselves_and_leave_nothing() -> None:
+    before = shared_memory_names()
+    world = World(2)
+    world.run(warm_up)
+    assert world.stop() == [0, 0]
+    assert shared_memory_names() == before
+    assert not psutil.Process().children() or all(
+        p.status() != psutil.STATUS_ZOMBIE for p in psutil.Process().children()
+    )
+
+
+def child_after_fork(group: Group) -> int:
+    held = group.all_reduce_(group.empty_shared(4000).fill_(1.0))
+    pid = os.fork()
+    if pid == 0:
+        try:
+            group.all_reduce_(torch.ones(3))
+        except tp.TensorParallelError as error:
+            del held
+            os._exit(7 if "before fork()" in str(error) else 8)
+        os._exit(9)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    group.all_reduce_(held)
+    assert torch.equal(held, torch.full((4000,), 4.0))
+    return status
+
+
+def test_a_forked_child_is_refused_and_does_no_harm() -> None:
+    assert run_ranks(child_after_fork, 2) == [7, 7]

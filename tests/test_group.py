@@ -1,0 +1,211 @@
+"""Groups: configuration, start, threads as ranks, ends."""
+
+from __future__ import annotations
+
+import contextvars
+import copy
+import pickle
+import threading
+import time
+
+import pytest
+import torch
+
+import tp_native as tp
+from harness import World, run_ranks
+from tp_native.group import Group
+
+
+def set_env(monkeypatch: pytest.MonkeyPatch, **values: str) -> None:
+    for name in (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    ):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_config_comes_from_torchruns_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_env(
+        monkeypatch,
+        RANK="3",
+        WORLD_SIZE="4",
+        LOCAL_RANK="1",
+        LOCAL_WORLD_SIZE="2",
+        TP_NATIVE_DEBUG="1",
+    )
+    config = tp.get_tensor_parallel_config()
+    assert (config.rank, config.world_size, config.local_rank, config.local_world_size) == (
+        3,
+        4,
+        1,
+        2,
+    )
+    assert config.debug and config.device == torch.device("cpu")
+    set_env(monkeypatch)
+    alone = tp.get_tensor_parallel_config()
+    assert (alone.rank, alone.world_size) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"RANK": "x"}, "environment variable RANK is 'x', expected an integer"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "expected 0 <= RANK < WORLD_SIZE"),
+        ({"WORLD_SIZE": "0"}, "expected 0 <= RANK < WORLD_SIZE"),
+        ({"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "4"}, "expected 0 <= LOCAL_RANK"),
+    ],
+)
+def test_a_bad_environment_is_explained(
+    monkeypatch: pytest.MonkeyPatch, values: dict[str, str], message: str
+) -> None:
+    set_env(monkeypatch, **values)
+    with pytest.raises(ValueError, match=message):
+        tp.get_tensor_parallel_config()
+
+
+def test_init_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_env(monkeypatch, WORLD_SIZE="2", RANK="0")
+    with pytest.raises(
+        ValueError, match="MASTER_ADDR and MASTER_PORT is not set: start the ranks with torchrun"
+    ):
+        tp.init_tensor_parallel()
+    set_env(
+        monkeypatch,
+        WORLD_SIZE="4",
+        RANK="0",
+        LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="a",
+        MASTER_PORT="1",
+    )
+    with pytest.raises(ValueError, match="this version joins ranks of one host only"):
+        tp.init_tensor_parallel()
+    with pytest.raises(ValueError, match='backend "nccl" is not part of this build'):
+        tp.init_tensor_parallel("nccl")
+    with pytest.raises(ValueError, match="backend 'gloo': expected"):
+        tp.init_tensor_parallel("gloo")
+    with pytest.raises(ValueError, match="timeout_s is 0, expected more than 0"):
+        tp.init_tensor_parallel(timeout_s=0)
+
+
+def test_alone_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_env(monkeypatch)
+    with tp.init_tensor_parallel() as group:
+        assert (group.rank, group.size, group.backend) == (0, 1, "shm")
+        assert tp.init_tensor_parallel() is group
+        assert tp.current_group() is group
+        t = torch.arange(3.0)
+        assert torch.equal(group.all_reduce_(t), torch.arange(3.0))
+        assert torch.equal(tp.all_gather_tensor(t), t)
+        group.barrier()
+        tp.synchronize_across_ranks()
+        assert group.empty_shared(2, 3).shape == (2, 3)
+        assert group.stats()["collectives"] == 0
+    assert tp.current_group() is not group
+    group.close()  # again: nothing happens
+    layer = tp.RowParallelLinear(4, 3)
+    x = torch.ones(2, 4)
+    assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
+
+
+def test_process_groups_are_refused_clearly() -> None:
+    with pytest.raises(TypeError, match="group is a str, expected a tp_native Group or None"):
+        tp.ColumnParallelLinear(2, 2, group="tp:0")  # type: ignore[arg-type]
+
+
+def identity(group: Group, offset: int) -> tuple[int, int, bool]:
+    return group.rank + offset, group.size, tp.current_group() is group
+
+
+def test_simulate_returns_results_in_rank_order() -> None:
+    assert tp.simulate(identity, 3, 10) == [(10, 3, True), (11, 3, True), (12, 3, True)]
+    assert tp.simulate(identity, 1, 5) == [(5, 1, True)]
+    with pytest.raises(ValueError, match="world_size 0, expected at least 1"):
+        tp.simulate(identity, 0, 0)
+
+
+def fails_on_one(group: Group) -> None:
+    if group.rank == 2:
+        time.sleep(0.05)
+        raise LookupError("rank 2 lost its way")
+    group.barrier()
+
+
+def test_simulate_raises_the_first_failure() -> None:
+    start = time.monotonic()
+    with pytest.raises(LookupError, match="rank 2 lost its way"):
+        tp.simulate(fails_on_one, 3)
+    assert time.monotonic() - start < 5
+
+
+def test_simulate_runs_twice_at_once() -> None:
+    def work(group: Group) -> float:
+        return float(group.all_reduce_(torch.ones(1)))
+
+    found: list[list[float]] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(tp.simulate(work, 2))) for _ in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [[2.0, 2.0]] * 3
+
+
+def nested(group: Group) -> bool:
+    inner = contextvars.copy_context().run(tp.current_group)
+    return inner is group and copy.deepcopy(group) is group
+
+
+def test_a_copied_context_keeps_the_group_and_copies_are_the_group() -> None:
+    assert all(tp.simulate(nested, 2))
+
+
+def refuses_pickle(group: Group) -> None:
+    with pytest.raises(TypeError, match=r"cannot be pickled: .*save state_dict\(\) instead"):
+        pickle.dumps(group)
+
+
+def test_a_group_is_not_pickled() -> None:
+    run_ranks(refuses_pickle, 2)
+
+
+def starts_again(group: Group) -> tuple[str, str, float]:
+    first = group.name
+    layer = tp.RowParallelLinear(4, 4, group=group)
+    group.close()
+    with pytest.raises(
+        tp.TensorParallelError, match=f'no group "{first}" in this process: it was closed'
+    ):
+        group.all_reduce_(torch.ones(1))
+    with pytest.raises(tp.TensorParallelError, match="it was closed"):
+        layer(torch.ones(1, layer.local_in_features))
+    second = tp.init_tensor_parallel()
+    total = float(second.all_reduce_(torch.ones(1)))
+    return first, second.name, total
+
+
+def test_a_closed_group_is_told_and_a_new_one_gets_a_new_name() -> None:
+    world = World(2)
+    try:
+        assert world.run(starts_again) == [("tp:0", "tp:1", 2.0)] * 2
+    finally:
+        world.kill()
+
+
+def user_aborts(group: Group) -> str:
+    if group.rank == 0:
+        group.abort("enough")
+    with pytest.raises(tp.TensorParallelError, match="rank 0 aborted the group: enough") as info:
+        group.all_reduce_(torch.ones(2))
+    return str(info.value)
+
+
+def test_abort_ends_every_rank_with_the_reason() -> None:
+    tp.simulate(user_aborts, 2)

@@ -1,0 +1,135 @@
+"""The ops under torch's own checks: schemas, fake kernels, autograd registration, compilation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tp_native as tp
+from harness import run_ranks
+from tp_native.group import Group
+from tp_native.nn import ColumnParallelLinear, RowParallelLinear
+
+
+def samples(group: Group) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Every op with arguments that need a gradient where it has one."""
+    size, rank, order, name = group.size, group.rank, group.order, group.name
+
+    def t(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, requires_grad=True)
+
+    widths = [4 + r for r in range(size)]
+    mine = widths[rank]
+    yield "row_parallel_linear", (t(3, mine), t(5, mine), t(5), order, widths, name)
+    yield "row_parallel_linear", (t(2, 2, mine), t(5, mine), None, order, widths, name)
+    yield "column_parallel_linear", (t(3, 6), t(mine, 6), t(mine), order, widths, name)
+    yield "all_reduce", (t(7), order, "sum", name)
+    yield "copy_to_ranks", (t(7), order, name)
+    yield "broadcast", (t(7), order, 0, name)
+    yield "all_gather", (t(3, mine), order, widths, -1, "replicated", name)
+    yield "all_gather", (t(3, 4), order, [4] * size, 1, "partial", name)
+    yield "reduce_scatter", (t(3, 4 * size), order, [4] * size, 1, "sum", name)
+    ids = torch.tensor([[0, 1, sum(widths) - 1], [2, 3, 1]])
+    yield "vocab_parallel_embedding", (ids, t(mine, 3), order, widths, 2, name)
+    yield "all_reduce_", (torch.randn(7), order, "sum", name)
+    yield "broadcast_", (torch.randn(7), order, 0, name)
+
+
+def passes_opcheck(group: Group) -> set[str]:
+    seen = set()
+    for op, args in samples(group):
+        torch.library.opcheck(getattr(torch.ops.tp_native, op).default, args)
+        seen.add(op)
+    return seen
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_every_op_passes_opcheck_in_lockstep(world_size: int) -> None:
+    schemas = [s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("tp_native::")]
+    every = {name.removeprefix("tp_native::") for name in schemas} - {
+        "empty_shared"
+    }  # takes no tensor
+    for seen in run_ranks(passes_opcheck, world_size):
+        assert seen == every
+
+
+class Paired(nn.Module):
+    def __init__(self, widths: list[int]) -> None:
+        super().__init__()
+        cut = tp.Partition.from_sizes(widths)
+        self.up = ColumnParallelLinear(8, cut.size, partition=cut)
+        self.down = RowParallelLinear(cut.size, 8, partition=cut)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.down(torch.relu(self.up(x)))
+        return y
+
+
+def compiles(group: Group, layers: list[list[int]]) -> list[tuple[str, str, int]]:
+    torch._dynamo.reset()
+    model = nn.Sequential(*[Paired(widths) for widths in layers])
+    x = torch.randn(5, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    expected = model(x)
+    expected.square().sum().backward()
+    wanted = [p.grad.clone() for p in model.parameters() if p.grad is not None] + [x.grad.clone()]  # type: ignore[union-attr]
+    model.zero_grad()
+    x.grad = None
+    compiled = torch.compile(model, fullgraph=True)
+    before = group.stats()["collectives"]
+    y = compiled(x)
+    y.square().sum().backward()
+    ran = group.stats()["collectives"] - before
+    torch.testing.assert_close(
+        y, expected, rtol=1e-5, atol=1e-6
+    )  # inductor fuses relu differently at most
+    got = [p.grad for p in model.parameters()] + [x.grad]
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+    return [(op, dtype, signature) for _, op, dtype, signature in group.op_log()[-ran:]]
+
+
+def test_two_paired_linears_compile_to_one_full_graph() -> None:
+    layers = [
+        [8, 512],
+        [512, 8],
+        [8, 512],
+    ]  # the widths that made compilers reorder: DESIGN.md section 7
+    logs = run_ranks(compiles, 2, layers)
+    assert logs[0] == logs[1]
+    assert len(logs[0]) == 2 * len(
+        layers
+    )  # one forward, one backward a pair: none lost, none doubled
+
+
+def meta_shapes_need_no_group() -> dict[str, list[int]]:
+    ops = torch.ops.tp_native
+    order = torch.empty(1, dtype=torch.int64, device="meta")
+
+    def t(*shape: int) -> torch.Tensor:
+        return torch.empty(*shape, device="meta")
+
+    return {
+        "row": list(
+            ops.row_parallel_linear(t(2, 3, 4), t(5, 4), None, order, [4, 6], "tp:nowhere").shape
+        ),
+        "column": list(
+            ops.column_parallel_linear(t(2, 4), t(7, 4), None, order, [7, 6], "tp:nowhere").shape
+        ),
+        "gather": list(
+            ops.all_gather(t(2, 4), order, [4, 6], -1, "replicated", "tp:nowhere").shape
+        ),
+    }
+
+
+def test_meta_kernels_look_no_group_up() -> None:
+    assert meta_shapes_need_no_group() == {"row": [2, 3, 5], "column": [2, 7], "gather": [2, 10]}
+
+
+def test_an_unknown_group_is_named() -> None:
+    with pytest.raises(tp.TensorParallelError, match='no group "tp:nowhere" in this process'):
+        torch.ops.tp_native.all_reduce(
+            torch.ones(1), torch.zeros(1, dtype=torch.int64), "sum", "tp:nowhere"
+        )
