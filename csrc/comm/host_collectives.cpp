@@ -61,31 +61,31 @@ template <class Body>
 void HostCommunicator::collective(const Signature& signature, int64_t bytes, double timeout_s,
                                   Body&& body) {
   std::lock_guard lock(mutex_);
-  current_ = nullptr;
-  check_usable();
-  current_ = &signature;
+  struct Current {  // while it is set, failures name this operation
+    const Signature*& current;
+    ~Current() { current = nullptr; }
+  } const current{current_ = &signature};
   timeout_s_ = timeout_s > 0 ? timeout_s : identity_.timeout_s;
+  wait_started_s_ = 0;
   ++seq_;
+  check_usable();
   stats_.collectives += 1;
   stats_.bytes += static_cast<uint64_t>(bytes);
   try {
     body();
   } catch (...) {
     if (!failure_) {  // a signal handler of this process raised while it waited
-      const std::string text = concat("rank ", identity_.rank, " was interrupted by a signal");
-      publish_abort(FailureKind::kInterrupted, identity_.rank, text);
-      failure_ = FailureRecord{FailureKind::kInterrupted,
-                               identity_.rank,
-                               identity_.rank,
-                               name(signature.op),
-                               seq_,
-                               0,
-                               text};
+      FailureRecord record;
+      record.kind = FailureKind::kInterrupted;
+      record.rank = record.peer = identity_.rank;
+      record.op = name(signature.op);
+      record.seq = seq_;
+      record.message = concat("rank ", identity_.rank, " was interrupted by a signal");
+      publish_abort(record.kind, record.peer, record.message);
+      failure_ = std::move(record);
     }
-    current_ = nullptr;
     throw;
   }
-  current_ = nullptr;
 }
 
 /// Chunk c+1 is staged before chunk c is taken, so that a rank copies in while its peers still
