@@ -178,7 +178,7 @@ class Group:
         )
 
     def op_log(self) -> list[tuple[int, str, str, int]]:
-        """The last 1,024 operations of this rank: (seq, operation, dtype, hash of the signature)."""
+        """The last 1,024 operations of this rank: (seq, operation, dtype, signature's hash)."""
         return self._communicator.op_log() if self._communicator is not None else []
 
     def abort(self, reason: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from types import MethodType
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .agreement import agreed, check_same
+from .checkpoint.writer import parse_bytes, save_pretrained
 from .errors import PlanError
 from .group import Group, copy_to_ranks, current_group
 from .nn import (
@@ -318,8 +318,6 @@ def _save_pretrained(
     **unsupported: Any,
 ) -> None:
     """`tp_native.save_pretrained` under the name and options that transformers' users know."""
-    # Found late: the writer is a room above this one, and only a call needs it.
-    writer = import_module("tp_native.checkpoint.writer")
     neutral = (None, True, False)
     odd = [key for key, value in unsupported.items() if not any(value is n for n in neutral)]
     if odd or unsupported.get("push_to_hub"):
@@ -327,8 +325,8 @@ def _save_pretrained(
             f"save_pretrained of a parallelized model does not take {odd or ['push_to_hub']}; "
             "call it on all ranks with the folder and, if you like, max_shard_size"
         )
-    max_shard_bytes = writer.parse_bytes(max_shard_size)
-    writer.save_pretrained(model, save_directory, max_shard_bytes=max_shard_bytes)
+    max_shard_bytes = parse_bytes(max_shard_size)
+    save_pretrained(model, save_directory, max_shard_bytes=max_shard_bytes)
 
 
 def _no_early_shape() -> None:
