@@ -80,9 +80,7 @@ class VocabParallelEmbedding(ShardedModule):
             device="meta",
             dtype=embedding.weight.dtype,
         )
-        layer = layer.to_empty(device=embedding.weight.device)
-        layer.take_shards(embedding)
-        return layer.train(embedding.training)
+        return layer.filled_from(embedding)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Look up ``ids``."""

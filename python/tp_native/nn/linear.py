@@ -152,9 +152,7 @@ class ColumnParallelLinear(_ParallelLinear):
             device="meta",
             dtype=linear.weight.dtype,
         )
-        layer = layer.to_empty(device=linear.weight.device)
-        layer.take_shards(linear)
-        return layer.train(linear.training)
+        return layer.filled_from(linear)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
         """Multiply by this rank's rows."""
@@ -249,9 +247,7 @@ class RowParallelLinear(_ParallelLinear):
             device="meta",
             dtype=linear.weight.dtype,
         )
-        layer = layer.to_empty(device=linear.weight.device)
-        layer.take_shards(linear)
-        return layer.train(linear.training)
+        return layer.filled_from(linear)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
         """Multiply this rank's slice and sum over the ranks."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from ..group import Group, all_gather_tensor, current_group
 from ..partition import Partition
@@ -40,14 +41,17 @@ class ShardedModule(nn.Module):
         """The dense weight, on every rank. Collective; no gradient."""
         return self.full_parameter("weight")
 
-    def take_shards(self, dense: nn.Module) -> None:
-        """Copy this rank's part of a dense module's parameters, and whether they are trained."""
+    def filled_from(self, dense: nn.Module) -> Self:
+        """This layer, made on meta, with its part of a dense one's parameters, mode and device."""
+        device = next(dense.parameters()).device
+        self.to_empty(device=device).train(dense.training)
         with torch.no_grad():
             for name, parameter in self.named_parameters(recurse=False):
                 source = dense.get_parameter(name)
                 if not parameter.is_meta:
                     parameter.copy_(self._local(name, source))
                 parameter.requires_grad_(source.requires_grad)
+        return self
 
     def _local(self, name: str, full: Tensor) -> Tensor:
         dim = self.shard_dims.get(name)
