@@ -73,7 +73,7 @@ def generate(
         ids = _check_ids(config, input_ids, max_new_tokens)
         mask = _check_mask(ids, attention_mask)
         sampling = _Sampling(do_sample, temperature, top_k, top_p, seed)
-        _check_sampling(sampling, config.vocab_size)
+        _check_sampling(sampling)
         ends = _ends(inner, eos_token_id)
     if state is not None:
         said = repr((ids.tolist(), max_new_tokens, mask, sampling, ends)).encode()
@@ -257,7 +257,7 @@ def _check_mask(ids: Tensor, mask: Tensor | None) -> Tensor | None:
     return None if bool(whole.all()) else whole
 
 
-def _check_sampling(sampling: _Sampling, vocab_size: int) -> None:
+def _check_sampling(sampling: _Sampling) -> None:
     if not _is_number(sampling.temperature) or not 0 < sampling.temperature < math.inf:
         raise ValueError(
             f"temperature must be a finite number above 0, got {sampling.temperature!r}; for the "
@@ -265,7 +265,9 @@ def _check_sampling(sampling: _Sampling, vocab_size: int) -> None:
         )
     if not _is_number(sampling.top_p) or not 0 < sampling.top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1 (off), got {sampling.top_p!r}")
-    _check_int("top_k", sampling.top_k, 0, vocab_size)
+    _check_int(
+        "top_k", sampling.top_k, 0, None
+    )  # beyond the vocabulary: all of it, as transformers
     _check_int("seed", sampling.seed, 0, 2**63 - 1)
 
 
