@@ -16,8 +16,8 @@ namespace {
 // one-shot reads P-1 whole messages per rank, two phases 2(P-1)/P: with two ranks the extra meet
 // never pays below 4 MiB
 constexpr int64_t kTwoPhaseBytes = 32 << 10;
-// below this one meet and P reads beat two meets and half the lines: bench_collectives.py --sweep,
-// 2 ranks
+// up to here one meet and P reads beat two meets and half the lines; equal at 4 KiB, 2 ranks,
+// tpn_microbench --sizes 1K,2K,4K,8K
 constexpr int64_t kOneShotBytes = 2 << 10;
 
 int64_t chunks_of(int64_t bytes, int64_t chunk_bytes) {

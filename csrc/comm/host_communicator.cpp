@@ -75,11 +75,13 @@ std::string describe(uint8_t op, uint8_t dtype, uint8_t reduce, int root, int di
   return text.str();
 }
 
+/// Pauses before the first yield. Few even where every rank has a core: the scheduler may put two
+/// ranks on one for a while, and then each hop costs the whole spin.
 int spin_pauses(int size) {
   cpu_set_t set;
-  const int cpus = ::sched_getaffinity(0, sizeof(set), &set) == 0 ? CPU_COUNT(&set) : 1;
-  return size > cpus ? 20
-                     : 4000;  // more ranks than cores: give the core to the one that is waited for
+  const int allowed = ::sched_getaffinity(0, sizeof(set), &set) == 0 ? CPU_COUNT(&set) : 1;
+  const bool is_pinned = allowed == 1;  // one core each, presumably
+  return is_pinned || size <= allowed ? 400 : 20;
 }
 
 }  // namespace

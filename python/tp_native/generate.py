@@ -265,9 +265,7 @@ def _check_sampling(sampling: _Sampling) -> None:
         )
     if not _is_number(sampling.top_p) or not 0 < sampling.top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1 (off), got {sampling.top_p!r}")
-    _check_int(
-        "top_k", sampling.top_k, 0, None
-    )  # beyond the vocabulary: all of it, as transformers
+    _check_int("top_k", sampling.top_k, 0, None)
     _check_int("seed", sampling.seed, 0, 2**63 - 1)
 
 
