@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -17,8 +18,10 @@ LIMIT = 1e-5  # float32: two ranks add in another order than one
 
 
 def run(*command: str) -> None:
-    """Run a command; its failure is ours."""
-    status = subprocess.run(command, check=False).returncode
+    """Run a command with the cores shared between two ranks; its failure is ours."""
+    threads = max(1, len(os.sched_getaffinity(0)) // 2)
+    env = {"OMP_NUM_THREADS": str(threads), **os.environ}  # unset, torchrun warns and takes 1
+    status = subprocess.run(command, check=False, env=env).returncode
     if status != 0:
         sys.exit(status if status > 0 else 1)
 
