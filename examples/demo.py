@@ -32,7 +32,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("build/demo_model"), help="model folder")
     parser.add_argument("--seconds", type=float, default=60.0, help="training time")
     parser.add_argument("--tokens", type=int, default=200, help="tokens to generate")
-    parser.add_argument("--prompt", default="The ``with`` statement")
+    parser.add_argument("--prompt", default='The "with" statement is used to')
     options = parser.parse_args()
     options.out.parent.mkdir(parents=True, exist_ok=True)
 
@@ -55,18 +55,24 @@ def main() -> int:
 
     one, two = compared["runs"]
     equal = "yes" if compared["tokens_equal"] else "NO"
-    print(f"""
-model       {training["parameters"]:,} parameters, {training["steps"]} steps on 2 ranks
-loss        {training["loss_before"]:.3f} before, {training["loss_after"]:.3f} after (nats per byte,
-held out) tokens      equal on 1 rank and on 2: {equal} logits      largest difference
-{compared["logit_difference"]:.2e}, {compared["logit_difference_relative"]:.1e} of the largest sync
-{two["collectives_per_forward"]} collectives, {two["bytes_per_forward"]:,} bytes a forward of
-{two["prompt_tokens"]} tokens on 2 ranks speed       {one["tokens_per_s"]:.0f} tokens/s on 1 rank,
-{two["tokens_per_s"]:.0f} on 2 memory      {max(one["peak_bytes"]) / 2**20:.0f} MiB on 1 rank,
-{max(two["peak_bytes"]) / 2**20:.0f} a rank on 2 (most of it is torch)
-
-The model lies in {options.out}. Go on with:
-  tp-native generate --model {options.out} --prompt "{options.prompt}" --tp 2""")
+    story = {
+        "model": f"{training['parameters']:,} parameters, {training['steps']} steps on 2 ranks",
+        "loss": f"{training['loss_before']:.3f} before, {training['loss_after']:.3f} after "
+        "(nats per byte, held out)",
+        "tokens": f"equal on 1 rank and on 2: {equal}",
+        "logits": f"largest difference {compared['logit_difference']:.2e}, "
+        f"{compared['logit_difference_relative']:.1e} of the largest",
+        "sync": f"{two['collectives_per_forward']} collectives, {two['bytes_per_forward']:,} bytes "
+        f"a forward of {two['prompt_tokens']} tokens on 2 ranks",
+        "speed": f"{one['tokens_per_s']:.0f} tokens/s on 1 rank, {two['tokens_per_s']:.0f} on 2",
+        "memory": f"{max(one['peak_bytes']) / 2**20:.0f} MiB on 1 rank, "
+        f"{max(two['peak_bytes']) / 2**20:.0f} a rank on 2 (most of it is torch)",
+    }
+    print()
+    for name, text in story.items():
+        print(f"{name:<8}{text}")
+    print(f"\nThe model lies in {options.out}. Go on with:")
+    print(f"  tp-native generate --model {options.out} --prompt '{options.prompt}' --tp 2 --sample")
     if not compared["tokens_equal"] or compared["logit_difference_relative"] > LIMIT:
         print(f"error: 2 ranks differ from 1 (limit {LIMIT:.0e})", file=sys.stderr)
         return 1

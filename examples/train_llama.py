@@ -45,11 +45,11 @@ def read_text() -> str:
 
 
 def make_model() -> LlamaForCausalLM:
-    """A Llama of 2.8 M parameters; nothing in it knows of ranks."""
+    """A Llama of 0.8 M parameters; nothing in it knows of ranks."""
     config = LlamaConfig(
         vocab_size=256,
-        hidden_size=256,
-        intermediate_size=688,
+        hidden_size=128,
+        intermediate_size=352,
         num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=4,
@@ -75,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
     parser.add_argument("--seconds", type=float, default=60.0, help="training time")
-    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--rate", type=float, default=5e-3, help="peak learning rate")
     options = parser.parse_args()
 
     with tp.init_tensor_parallel() as group:
