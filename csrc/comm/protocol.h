@@ -23,7 +23,8 @@ constexpr int kMaxDims = 6;
 /// peers' posts of chunk g-2, which they make after they finished reading chunk g-4: four slots
 /// need no "consumed" flag.
 constexpr int kSlots = 4;
-constexpr size_t kChunkBytes = 256u << 10;  // flat from 64 KiB to 2 MiB; glibc copies slower from 1 MiB on
+constexpr size_t kChunkBytes =
+    256u << 10;  // flat from 64 KiB to 2 MiB; glibc copies slower from 1 MiB on
 
 constexpr uint64_t kNoBlock = ~uint64_t{0};
 
