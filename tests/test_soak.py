@@ -1,0 +1,93 @@
+"""Minutes of random work and random deaths; run by ``make soak``."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+
+import pytest
+import torch
+
+import tp_native as tp
+from harness import World, run_ranks
+from oracle import rank_data, reduce_in_rank_order
+from test_faults import loops_until_told, shared_memory_names, warm_up
+from tp_native.group import Group
+
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def random_collectives(group: Group, seed: int, steps: int) -> int:
+    rng = random.Random(seed)  # the same decisions on every rank
+    own = random.Random(seed + 1 + group.rank)  # whether this rank's tensor is shared is its own
+    held: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for step in range(steps):
+        dtype = rng.choice(DTYPES)
+        count = int(2 ** rng.uniform(0, 18)) - 1
+        parts = [rank_data((count,), dtype, r, step) for r in range(group.size)]
+        kind = rng.randrange(4)
+        if kind == 0:
+            is_shared = own.random() < 0.5
+            t = group.empty_shared(count, dtype=dtype) if is_shared else parts[0].new_empty(count)
+            expected = reduce_in_rank_order(parts)
+            assert torch.equal(group.all_reduce_(t.copy_(parts[group.rank])), expected)
+            if own.random() < 0.2:
+                held.append((t, expected))
+        elif kind == 1:
+            assert torch.equal(group.all_gather(parts[group.rank]), torch.cat(parts))
+        elif kind == 2:
+            src = rng.randrange(group.size)
+            assert torch.equal(group.broadcast_(parts[group.rank].clone(), src), parts[src])
+        else:
+            cut = tp.Partition.even(count, group.size)
+            expected = reduce_in_rank_order(parts)[cut.slice(group.rank)]
+            assert torch.equal(group.reduce_scatter(parts[group.rank]), expected)
+        if len(held) > 40:
+            assert all(torch.equal(a, b) for a, b in held)
+            del held[: own.randrange(40)]
+    return steps
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_random_collectives_with_outputs_held_at_random(world_size: int) -> None:
+    assert (
+        run_ranks(random_collectives, world_size, 17, 4000, deadline_s=1200) == [4000] * world_size
+    )
+
+
+def test_100_sigkills_at_random_moments() -> None:
+    before = shared_memory_names()
+    rng = random.Random(11)
+    delays = []
+    for _ in range(100):
+        size = rng.choice([2, 2, 3, 4])
+        victim = rng.randrange(size)
+        world = World(size)
+        try:
+            world.run(warm_up)
+            world.start(
+                loops_until_told,
+                rng.choice(["all_reduce", "all_gather", "broadcast", "barrier", "linear"]),
+            )
+            time.sleep(0.05 + 0.2 * rng.random())
+            at = time.monotonic()
+            world.signal(victim, signal.SIGKILL)
+            for rank, outcome in enumerate(world.outcomes(20)):
+                assert (outcome is None) == (rank == victim)
+                if outcome is not None:
+                    assert (outcome.result["type"], outcome.result["peer"]) == (
+                        "PeerLostError",
+                        victim,
+                    )
+                    delays.append(outcome.result["at"] - at)
+        finally:
+            world.kill()
+    delays.sort()
+    print(
+        f"{len(delays)} survivors, p50 {delays[len(delays) // 2] * 1e3:.1f} ms, worst "
+        f"{delays[-1] * 1e3:.1f} ms"
+    )
+    assert delays[-1] <= 0.1
+    assert shared_memory_names() == before
