@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -314,3 +315,10 @@ def rank_too_many(group: Group, folder: Path) -> None:
 
 def test_too_many_ranks_is_a_plan_error(tmp_path: Path) -> None:
     simulate(rank_too_many, 5, save(llama(), tmp_path))
+
+
+def test_missing_transformers_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save(llama(), tmp_path / "model")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(CheckpointError, match=r"transformers is not installed.*\[hf\]"):
+        load_pretrained(folder)

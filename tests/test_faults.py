@@ -345,6 +345,10 @@ def test_ranks_end_by_themselves_and_leave_nothing() -> None:
     )
 
 
+def total(group: Group) -> float:
+    return float(group.all_reduce_(torch.tensor([1.0 + group.rank])))
+
+
 def child_after_fork(group: Group) -> int:
     held = group.all_reduce_(group.empty_shared(4000).fill_(1.0))
     pid = os.fork()
@@ -353,7 +357,10 @@ def child_after_fork(group: Group) -> int:
             group.all_reduce_(torch.ones(3))
         except tp.TensorParallelError as error:
             del held
-            os._exit(7 if "before fork()" in str(error) else 8)
+            group.abort("from the child")  # neither does anything here
+            group.close()
+            mine = tp.simulate(total, 2)
+            os._exit(6 if mine != [3.0, 3.0] else 7 if "before fork()" in str(error) else 8)
         os._exit(9)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     group.all_reduce_(held)

@@ -24,15 +24,7 @@ constexpr size_t kPunchBytes = 1u << 20;     // smaller free blocks always keep 
 #define MFD_NOEXEC_SEAL 0x0008U
 #endif
 
-std::atomic<bool> g_forked_child{false};
-
-void watch_forks() {
-  static const bool kOnce = [] {
-    pthread_atfork(nullptr, nullptr, [] { g_forked_child.store(true, std::memory_order_relaxed); });
-    return true;
-  }();
-  (void)kOnce;
-}
+std::atomic<int> g_forks{0};  // of this process's ancestors since the first owner
 
 /// Eight classes per power of two: at most 12.5 % lost.
 size_t size_class(size_t bytes) {
@@ -59,7 +51,13 @@ Fd make_memfd(size_t capacity) {
 
 }  // namespace
 
-bool is_forked_child() { return g_forked_child.load(std::memory_order_relaxed); }
+Owner::Owner() : forks_(g_forks.load(std::memory_order_relaxed)) {
+  static const int kWatched =
+      pthread_atfork(nullptr, nullptr, [] { g_forks.fetch_add(1, std::memory_order_relaxed); });
+  TPN_CHECK(kWatched == 0, "cannot watch for fork(): ", std::strerror(kWatched));
+}
+
+bool Owner::is_elsewhere() const { return g_forks.load(std::memory_order_relaxed) != forks_; }
 
 Mapping::Mapping(int fd, size_t bytes) : bytes_(bytes) {
   const int flags = fd >= 0 ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS;
@@ -71,7 +69,7 @@ Mapping::Mapping(int fd, size_t bytes) : bytes_(bytes) {
 }
 
 Mapping::~Mapping() {
-  if (!is_forked_child()) ::munmap(base_, bytes_);
+  if (!owner_.is_elsewhere()) ::munmap(base_, bytes_);
 }
 
 std::shared_ptr<Arena> Arena::shared(size_t capacity, size_t reserved) {
@@ -88,7 +86,6 @@ Arena::Arena(Fd fd, size_t capacity, size_t reserved)
       reserved_(reserved),
       next_(reserved),
       backed_(reserved) {
-  watch_forks();
   TPN_CHECK(capacity >= reserved, "an arena of ", capacity,
             " bytes is too small: expected at least ", reserved, "; raise TP_NATIVE_ARENA_BYTES");
   TPN_CHECK(back(0, reserved), "no memory for ", reserved, " bytes of staging (",
@@ -138,7 +135,7 @@ Block Arena::allocate(int64_t bytes) {
   Block block;
   block.data = base() + offset;
   block.owner = std::shared_ptr<void>(block.data, [self = shared_from_this(), offset, size](void*) {
-    if (!is_forked_child()) self->release(offset, size);
+    if (!self->mapping_->owner().is_elsewhere()) self->release(offset, size);
   });
   return block;
 }

@@ -16,6 +16,17 @@
 
 namespace tp_native::comm {
 
+/// Tells a child of fork(), which shares mappings but owns nothing, from the process that made
+/// them.
+class Owner {
+ public:
+  Owner();
+  bool is_elsewhere() const;  ///< this process was forked from the owner
+
+ private:
+  int forks_;
+};
+
 /// A mapped region; unmapped when the last block or communicator that needs it is gone.
 class Mapping {
  public:
@@ -26,8 +37,10 @@ class Mapping {
   Mapping& operator=(const Mapping&) = delete;
   char* base() const { return base_; }
   size_t bytes() const { return bytes_; }
+  const Owner& owner() const { return owner_; }
 
  private:
+  Owner owner_;
   char* base_;
   size_t bytes_;
 };
@@ -73,8 +86,5 @@ class Arena : public std::enable_shared_from_this<Arena> {
   std::atomic<int64_t> in_use_{0};
   std::atomic<int64_t> peak_{0};
 };
-
-/// True in a child of fork(): it shares the mapping but owns nothing.
-bool is_forked_child();
 
 }  // namespace tp_native::comm

@@ -60,6 +60,7 @@ char* HostCommunicator::slot(int rank, uint64_t chunk) const {
 template <class Body>
 void HostCommunicator::collective(const Signature& signature, int64_t bytes, double timeout_s,
                                   Body&& body) {
+  check_not_forked();  // before the lock, which another thread may have held at the fork
   std::lock_guard lock(mutex_);
   struct Current {  // while it is set, failures name this operation
     const Signature*& current;

@@ -149,6 +149,7 @@ HostCommunicator::~HostCommunicator() {
 }
 
 void HostCommunicator::close() {
+  if (is_forked_child()) return;  // it would leave in its parent's name
   is_closing_.store(
       true, std::memory_order_release);  // sends a thread of ours that waits in a collective away
   {
@@ -320,10 +321,13 @@ void HostCommunicator::check_deadline(int rank, double waited_s, double& next_wa
 
 // ---- failures
 
-void HostCommunicator::check_usable() {
+void HostCommunicator::check_not_forked() const {
   TPN_CHECK(!is_forked_child(), "group ", identity_.name,
             " was made before fork(): a forked child cannot use it; make the child before "
             "init_tensor_parallel(), or use spawn");
+}
+
+void HostCommunicator::check_usable() {
   if (failure_) raise(*failure_);
   TPN_CHECK(!is_closed_ && !is_closing_.load(std::memory_order_acquire), "group ", identity_.name,
             " is closed: call init_tensor_parallel() again");
@@ -365,6 +369,7 @@ void HostCommunicator::publish_abort(FailureKind kind, int culprit,
 }
 
 void HostCommunicator::abort(const std::string& reason) {
+  if (is_forked_child()) return;
   publish_abort(FailureKind::kAborted, identity_.rank,
                 concat("rank ", identity_.rank, " aborted the group: ", reason));
 }

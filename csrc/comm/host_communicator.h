@@ -91,6 +91,7 @@ class HostCommunicator final : public Communicator {
   void await_slow(int rank, uint64_t tick);
   void sleep_on(int rank, uint64_t tick);
 
+  void check_not_forked() const;
   void check_usable();
   void check_abort();
   [[noreturn]] void fail_group(FailureKind kind, int culprit, const std::string& text);
@@ -102,6 +103,7 @@ class HostCommunicator final : public Communicator {
   std::string describe_current() const;
   std::string late_table(uint64_t tick) const;
   void wake(int rank) const;
+  bool is_forked_child() const { return arena_->mapping()->owner().is_elsewhere(); }
 
   std::shared_ptr<Arena> arena_;
   std::vector<Peer> peers_;

@@ -100,6 +100,7 @@ class Group:
         self._generator: torch.Generator | None = None
         self._generator_seed: int | None = None
         self._is_closed = False
+        self._pid = os.getpid()
 
     def __repr__(self) -> str:
         return (
@@ -305,7 +306,7 @@ def init_tensor_parallel(
         )
     if backend == "nccl" and not _C.is_available("nccl"):
         raise ValueError('backend "nccl" is not part of this build: use "auto" or "shm" (CPU)')
-    if _process.group is not None:
+    if _process.group is not None and _process.group._pid == os.getpid():
         return _process.group
     env = get_tensor_parallel_config()
     config = TensorParallelConfig(

@@ -55,8 +55,13 @@ def read_config(folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json; expected a Hugging Face model folder")
     with _build_lock:
-        from transformers import AutoConfig, AutoModelForCausalLM
-
+        try:
+            from transformers import AutoConfig, AutoModelForCausalLM
+        except ModuleNotFoundError as error:
+            raise CheckpointError(
+                f'{error.name} is not installed, and models are built by it: pip install ".[hf]" '
+                "in tp_native's folder"
+            ) from error
         try:
             config = AutoConfig.from_pretrained(
                 str(folder), local_files_only=True, trust_remote_code=False
