@@ -71,6 +71,7 @@ KILLS += [
 ]
 
 
+@pytest.mark.timeout(300)  # starts 48 processes that import torch
 def test_20_sigkills_inside_collectives_are_named_within_100_ms() -> None:
     before = shared_memory_names()
     delays = []
