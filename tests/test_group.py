@@ -199,6 +199,25 @@ def test_a_closed_group_is_told_and_a_new_one_gets_a_new_name() -> None:
         world.kill()
 
 
+def asks_while_a_thread_waits(group: Group) -> int:
+    if group.rank == 1:
+        time.sleep(0.5)
+        group.barrier()
+        return 0
+    thread = threading.Thread(target=group.barrier)
+    thread.start()
+    time.sleep(0.1)
+    asked = 0
+    while thread.is_alive():  # the waiting thread holds the lock and wants the GIL for signals
+        asked += len(group.stats()) > 0 and group.op_log() is not None
+    thread.join()
+    return asked
+
+
+def test_stats_do_not_deadlock_with_a_waiting_thread() -> None:
+    assert run_ranks(asks_while_a_thread_waits, 2, deadline_s=20)[0] > 0
+
+
 def user_aborts(group: Group) -> str:
     if group.rank == 0:
         group.abort("enough")

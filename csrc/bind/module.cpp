@@ -50,7 +50,11 @@ void install(const py::object& make_error, const py::object& warn) {
 }
 
 py::dict stats_of(const Communicator& communicator) {
-  const comm::Stats stats = communicator.stats();
+  const comm::Stats stats = [&] {
+    py::gil_scoped_release
+        released;  // a collective holds the lock and may want the GIL for signals
+    return communicator.stats();
+  }();
   py::dict out;
   out["collectives"] = stats.collectives;
   out["bytes"] = stats.bytes;
@@ -63,6 +67,7 @@ py::dict stats_of(const Communicator& communicator) {
 std::vector<std::tuple<uint64_t, std::string, std::string, uint64_t>> log_of(
     const Communicator& communicator) {
   std::vector<std::tuple<uint64_t, std::string, std::string, uint64_t>> lines;
+  const py::gil_scoped_release released;
   for (const comm::LogEntry& entry : communicator.op_log()) {
     lines.emplace_back(entry.seq, comm::name(entry.op), name(entry.dtype), entry.signature_hash);
   }

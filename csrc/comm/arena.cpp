@@ -103,6 +103,7 @@ bool Arena::back(size_t offset, size_t bytes) {
 }
 
 Block Arena::allocate(int64_t bytes) {
+  if (is_retired_.load(std::memory_order_acquire)) return {};
   if (bytes < 0 || static_cast<size_t>(bytes) > capacity()) return {};
   const size_t size = size_class(static_cast<size_t>(bytes));
   size_t offset = 0;

@@ -59,8 +59,11 @@ class Arena : public std::enable_shared_from_this<Arena> {
   char* base() const { return mapping_->base(); }
   size_t capacity() const { return mapping_->bytes(); }
 
-  /// Null data when memory or the arena is exhausted.
+  /// Null data when memory or the arena is exhausted, or after retire().
   Block allocate(int64_t bytes);
+  /// Nothing is handed out any more: after a failure a slow peer may still write into a block it
+  /// was told of, which must not have become somebody else's.
+  void retire() { is_retired_.store(true, std::memory_order_release); }
   /// Whether all of [data, data + bytes) lies among the blocks.
   bool owns(const void* data, int64_t bytes) const;
 
@@ -83,6 +86,7 @@ class Arena : public std::enable_shared_from_this<Arena> {
   size_t next_;                               ///< end of what was ever handed out
   size_t backed_;                             ///< end of what was ever backed
   size_t cached_ = 0;                         ///< bytes of free blocks that keep their memory
+  std::atomic<bool> is_retired_{false};
   std::atomic<int64_t> in_use_{0};
   std::atomic<int64_t> peak_{0};
 };

@@ -84,6 +84,7 @@ void HostCommunicator::collective(const Signature& signature, int64_t bytes, dou
       record.message = concat("rank ", identity_.rank, " was interrupted by a signal");
       publish_abort(record.kind, record.peer, record.message);
       failure_ = std::move(record);
+      arena_->retire();
     }
     throw;
   }

@@ -394,6 +394,7 @@ void HostCommunicator::raise_failure(FailureKind kind, int culprit, const std::s
   if (kind != FailureKind::kError)
     record.message += "; the group is unusable now, start its ranks again";
   failure_ = record;
+  arena_->retire();
   raise(std::move(record));
 }
 

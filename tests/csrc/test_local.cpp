@@ -237,6 +237,15 @@ TEST(more_threads_than_one_of_a_rank_take_turns) {
   });
 }
 
+TEST(a_failed_group_hands_out_no_block_that_a_slow_peer_may_still_write) {
+  const Ranks ranks = make(2, 0.05);
+  const Block held = ranks[0]->allocate(1 << 16);
+  CHECK(held.data != nullptr);
+  const auto failures = run({ranks[0]}, [](Communicator& c) { c.barrier(0, {}); });
+  CHECK(failures[0].kind == FailureKind::kTimeout);
+  CHECK(ranks[0]->allocate(1 << 16).data == nullptr);
+}
+
 TEST(blocks_are_reused_outlive_close_and_run_out_politely) {
   Ranks ranks = make(2);
   const void* first = nullptr;
