@@ -25,6 +25,8 @@ enum class OpCode : uint8_t {
   kRowParallelLinear,
   kColumnParallelLinear,
   kVocabParallelEmbedding,
+  kGather,
+  kScatter,
 };
 const char* name(OpCode op);
 
@@ -41,11 +43,16 @@ struct Signature {
       {};  ///< how `dim` is cut, one size per rank; empty where nothing is cut
 };
 
-/// Joins the reduction: `bias` (columns values of the signature's dtype, the same on all ranks) is
-/// added once to each row.
+/// Joins the reduction; all values are of the signature's dtype and the same on all ranks.
+/// out = sum + bias + residual; with `norm_weight` that goes to `hidden`, and
+/// out = hidden / sqrt(mean(hidden^2) + eps) * norm_weight, row by row.
 struct Epilogue {
-  const void* bias = nullptr;
-  int64_t columns = 0;
+  const void* bias = nullptr;         ///< `columns` values, added once to each row
+  int64_t columns = 0;                ///< width of a row; 0 where nothing here needs rows
+  const void* residual = nullptr;     ///< as many values as `out`
+  const void* norm_weight = nullptr;  ///< `columns` values
+  double eps = 0;
+  void* hidden = nullptr;  ///< as many values as `out`; where norm_weight is given
 };
 
 /// The device's stream; null on a CPU.
@@ -105,6 +112,16 @@ class Communicator {
   /// `in` is the concatenation of counts[r] values for each rank r, `out` holds counts[rank].
   virtual void reduce_scatter(const Signature&, const void* in, void* out,
                               std::span<const int64_t> counts, Stream) = 0;
+
+  /// signature.root's `out` is the concatenation of all ranks' `in`, counts[r] values of rank r;
+  /// elsewhere `out` is not touched and may be null.
+  virtual void gather(const Signature&, const void* in, void* out, std::span<const int64_t> counts,
+                      Stream) = 0;
+
+  /// The other way: signature.root's `in` is cut into counts[r] values for rank r; elsewhere `in`
+  /// may be null.
+  virtual void scatter(const Signature&, const void* in, void* out, std::span<const int64_t> counts,
+                       Stream) = 0;
 
   virtual void broadcast(const Signature&, void* data, int64_t count,
                          Stream) = 0;                  ///< from signature.root

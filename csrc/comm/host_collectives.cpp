@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 #include "comm/host_communicator.h"
 #include "core/callbacks.h"
@@ -309,6 +310,67 @@ void HostCommunicator::reduce_scatter(const Signature& signature, const void* in
         {signature.dtype, signature.reduce, size, src, 1, dst, length(me, c), nullptr, 0, 0});
   };
   collective(signature, whole * width, 0, [&] { staged(chunks_of(most, piece), put, take); });
+}
+
+void HostCommunicator::gather(const Signature& signature, const void* in, void* out,
+                              std::span<const int64_t> counts, Stream) {
+  const auto width = static_cast<int64_t>(item_bytes(signature.dtype));
+  const int me = identity_.rank;
+  const auto total = [&](int r) { return counts[r] * width; };
+  if (identity_.size == 1) {
+    if (in != out && total(0) > 0) std::memcpy(out, in, static_cast<size_t>(total(0)));
+    return;
+  }
+  const auto chunk_bytes = static_cast<int64_t>(kChunkBytes);
+  const auto length = [&](int r, int64_t c) {
+    return static_cast<size_t>(std::clamp<int64_t>(total(r) - c * chunk_bytes, 0, chunk_bytes));
+  };
+  const auto put = [&](int64_t c, char* to) {
+    if (me != signature.root && length(me, c) > 0)
+      std::memcpy(to, at(in, c * chunk_bytes), length(me, c));
+  };
+  const auto take = [&](int64_t c) {
+    if (me != signature.root) return;
+    int64_t start = c * chunk_bytes;
+    for (int r = 0; r < identity_.size; start += total(r++)) {
+      const char* const from = r == me ? at(in, c * chunk_bytes) : slot(r, chunk_ + c);
+      if (length(r, c) > 0) std::memcpy(at(out, start), from, length(r, c));
+    }
+  };
+  const int64_t most = *std::ranges::max_element(counts) * width;
+  collective(signature, total(me), 0, [&] { staged(chunks_of(most, chunk_bytes), put, take); });
+}
+
+void HostCommunicator::scatter(const Signature& signature, const void* in, void* out,
+                               std::span<const int64_t> counts, Stream) {
+  const auto width = static_cast<int64_t>(item_bytes(signature.dtype));
+  const int me = identity_.rank;
+  const int size = identity_.size;
+  const bool is_root = me == signature.root;
+  const int64_t piece = static_cast<int64_t>(kChunkBytes) / size / 64 * 64;  // for each receiver
+  const auto length = [&](int r, int64_t c) {
+    return static_cast<size_t>(std::clamp<int64_t>(counts[r] * width - c * piece, 0, piece));
+  };
+  const auto start = [&](int r) {
+    return std::accumulate(counts.begin(), counts.begin() + r, int64_t{0}) * width;
+  };
+  const auto put = [&](int64_t c, char* to) {
+    for (int r = 0; is_root && r < size; ++r) {
+      if (r != me && length(r, c) > 0)
+        std::memcpy(to + r * piece, at(in, start(r) + c * piece), length(r, c));
+    }
+  };
+  if (size == 1) {
+    if (in != out && counts[0] > 0) std::memcpy(out, in, static_cast<size_t>(counts[0] * width));
+    return;
+  }
+  const auto take = [&](int64_t c) {
+    const char* const from =
+        is_root ? at(in, start(me) + c * piece) : slot(signature.root, chunk_ + c) + me * piece;
+    if (length(me, c) > 0) std::memcpy(at(out, c * piece), from, length(me, c));
+  };
+  const int64_t most = *std::ranges::max_element(counts) * width;
+  collective(signature, counts[me] * width, 0, [&] { staged(chunks_of(most, piece), put, take); });
 }
 
 void HostCommunicator::broadcast(const Signature& signature, void* data, int64_t count, Stream) {

@@ -95,7 +95,9 @@ const char* name(OpCode op) {
                                     "copy_to_ranks",
                                     "row_parallel_linear",
                                     "column_parallel_linear",
-                                    "vocab_parallel_embedding"};
+                                    "vocab_parallel_embedding",
+                                    "gather",
+                                    "scatter"};
   const auto index = static_cast<size_t>(op);
   return index < sizeof(kNames) / sizeof(kNames[0]) ? kNames[index] : "unknown operation";
 }

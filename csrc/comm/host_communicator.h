@@ -47,6 +47,10 @@ class HostCommunicator final : public Communicator {
                   std::span<const int64_t> columns, Stream) override;
   void reduce_scatter(const Signature&, const void* in, void* out, std::span<const int64_t> counts,
                       Stream) override;
+  void gather(const Signature&, const void* in, void* out, std::span<const int64_t> counts,
+              Stream) override;
+  void scatter(const Signature&, const void* in, void* out, std::span<const int64_t> counts,
+               Stream) override;
   void broadcast(const Signature&, void* data, int64_t count, Stream) override;
   void barrier(double timeout_s, Stream) override;
   void abort(const std::string& reason) override;
