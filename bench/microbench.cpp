@@ -139,7 +139,7 @@ int run_child(World& world, int rank, const std::string& address, const Options&
   try {
     world.rank = rank;
     const comm::Identity identity{rank, world.size, "microbench", "shm", 0, 60};
-    const auto communicator = comm::make_shm(identity, address, 30);
+    const auto communicator = comm::make_shm(identity, {address, 30});
     pin_rank(world);
     const Rows rows = run_rank(world, *communicator, options);
     if (rank == 0) write_results(rows, options);

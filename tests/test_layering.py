@@ -27,7 +27,7 @@ FOREIGN = {
 }
 # Lowest first: a room imports only from rows above its own.
 PYTHON = [
-    {"_C", "partition", "errors"},
+    {"_C", "partition", "errors", "config", "flight"},
     {"_native"},
     {"_ops"},
     {"group"},

@@ -7,6 +7,7 @@
 #include "comm/backends.h"
 #include "comm/registry.h"
 #include "core/callbacks.h"
+#include "core/fault.h"
 #include "kernels/reduce.h"
 
 namespace py = pybind11;
@@ -36,6 +37,7 @@ void check_python_signals() {
   if (!Py_IsInitialized()) return;
   py::gil_scoped_acquire gil;
   if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+  (void)Py_MakePendingCalls();  // warn_later's
 }
 
 void warn_in_python(const std::string& message) {
@@ -43,24 +45,36 @@ void warn_in_python(const std::string& message) {
   py::reinterpret_borrow<py::object>(g_warn)(message);
 }
 
+/// Python's own queue takes no lock that a thread of the program may hold for long.
+void warn_python_later(const std::string& message) {
+  auto* const text = new std::string(message);
+  const auto call = [](void* argument) {
+    const std::unique_ptr<std::string> owned(static_cast<std::string*>(argument));
+    try {
+      warn_in_python(*owned);
+    } catch (py::error_already_set& error) {
+      error.discard_as_unraisable("tp_native warning");
+    }
+    return 0;
+  };
+  if (!Py_IsInitialized() || Py_AddPendingCall(call, text) != 0) delete text;
+}
+
 void install(const py::object& make_error, const py::object& warn) {
   g_make_error = make_error.inc_ref().ptr();
   g_warn = warn.inc_ref().ptr();
-  install_callbacks({&raise_in_python, &check_python_signals, &warn_in_python});
+  install_callbacks({&raise_in_python, &check_python_signals, &warn_in_python, &warn_python_later});
 }
 
 py::dict stats_of(const Communicator& communicator) {
-  const comm::Stats stats = [&] {
-    py::gil_scoped_release
-        released;  // a collective holds the lock and may want the GIL for signals
-    return communicator.stats();
-  }();
+  const comm::Stats stats = communicator.stats();
   py::dict out;
   out["collectives"] = stats.collectives;
   out["bytes"] = stats.bytes;
   out["staged"] = stats.staged;
   out["arena_bytes_in_use"] = stats.arena_bytes_in_use;
   out["arena_bytes_peak"] = stats.arena_bytes_peak;
+  out["late_share"] = stats.late_share;
   return out;
 }
 
@@ -86,6 +100,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("install", &install, py::arg("make_error"), py::arg("warn"));
   m.def("is_available", &comm::is_available, py::arg("backend"));
   m.def("reduce_isa", &kernels::reduce_isa);
+  m.def("arm_fault", &fault::arm, py::arg("spec"));
 
   py::class_<Communicator, std::shared_ptr<Communicator>>(m, "Communicator")
       .def_property_readonly("rank", [](const Communicator& c) { return c.identity().rank; })
@@ -104,13 +119,16 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "make_shm",
-      [](const std::string& name, const std::string& address, int rank, int size, double timeout_s,
-         double init_timeout_s) {
-        return comm::make_shm(Identity{rank, size, name, "shm", 0, timeout_s}, address,
-                              init_timeout_s);
+      [](const std::string& name, const std::string& address, int rank, int size,
+         uint64_t generation, double timeout_s, double init_timeout_s, double frozen_timeout_s,
+         int launcher_pid, const std::string& flight_folder) {
+        return comm::make_shm(
+            Identity{rank, size, name, "shm", generation, timeout_s, flight_folder},
+            {address, init_timeout_s, frozen_timeout_s, launcher_pid});
       },
-      py::arg("name"), py::arg("address"), py::arg("rank"), py::arg("size"), py::arg("timeout_s"),
-      py::arg("init_timeout_s"), Released());
+      py::arg("name"), py::arg("address"), py::arg("rank"), py::arg("size"), py::arg("generation"),
+      py::arg("timeout_s"), py::arg("init_timeout_s"), py::arg("frozen_timeout_s"),
+      py::arg("launcher_pid"), py::arg("flight_folder"), Released());
   m.def(
       "make_local",
       [](const std::string& name, int size, double timeout_s) {

@@ -10,7 +10,9 @@
 #include <algorithm>
 #include <bit>
 
+#include "comm/limits.h"
 #include "core/error.h"
+#include "core/fault.h"
 
 namespace tp_native::comm {
 namespace {
@@ -40,6 +42,8 @@ Fd make_memfd(size_t capacity) {
     raw =
         static_cast<int>(::syscall(SYS_memfd_create, "tp_native", MFD_CLOEXEC | MFD_ALLOW_SEALING));
   }
+  if (raw < 0 && (errno == EMFILE || errno == ENFILE))
+    fail("shared memory: " + describe_descriptor_limit(1));
   TPN_SYS(raw, "making shared memory");
   Fd fd(raw);
   TPN_SYS(::ftruncate(fd.get(), static_cast<off_t>(capacity)), "sizing ", capacity,
@@ -88,13 +92,23 @@ Arena::Arena(Fd fd, size_t capacity, size_t reserved)
       backed_(reserved) {
   TPN_CHECK(capacity >= reserved, "an arena of ", capacity,
             " bytes is too small: expected at least ", reserved, "; raise TP_NATIVE_ARENA_BYTES");
-  TPN_CHECK(back(0, reserved), "no memory for ", reserved, " bytes of staging (",
-            std::strerror(errno),
-            "): raise the memory limit of this container or start fewer ranks");
+  if (!back(0, reserved)) {
+    const int why = errno;
+    fail(concat("shared memory: this rank needs ", reserved, " bytes for staging, ",
+                memory_headroom(), " may be taken (", std::strerror(why),
+                "): raise the memory limit of this container (docker run --memory, Kubernetes "
+                "resources.limits.memory) or start fewer ranks"));
+  }
 }
 
 bool Arena::back(size_t offset, size_t bytes) {
   if (!fd_) return true;  // anonymous memory comes on first touch
+  if (!TPN_FAULT("arena.back")) return false;
+  // shared memory beyond a control group's limit is not an error of fallocate but a kill
+  if (static_cast<int64_t>(bytes) > memory_headroom()) {
+    errno = ENOMEM;
+    return false;
+  }
   int rc;
   do {
     rc = ::fallocate(fd_.get(), 0, static_cast<off_t>(offset), static_cast<off_t>(bytes));

@@ -13,11 +13,18 @@ namespace tp_native::comm {
 
 bool is_available(const std::string& backend);  ///< "shm", "local", "nccl"
 
-/// One host, one process per rank. `address` names the abstract UNIX socket where rank 0 listens:
-/// the same on all ranks, unique to this group. Blocks until all ranks are there or
-/// `init_timeout_s` is over; the error names the missing ones.
-std::shared_ptr<Communicator> make_shm(const Identity& identity, const std::string& address,
-                                       double init_timeout_s);
+struct ShmOptions {
+  /// The abstract UNIX socket where rank 0 listens: the same on all ranks, unique to this group.
+  std::string address;
+  double init_timeout_s = 60;
+  double frozen_timeout_s = 10;  ///< a peer without a heartbeat for so long is given up
+  int launcher_pid = 0;          ///< this process ends when that one has died; 0: nobody's
+};
+
+/// One host, one process per rank. Blocks until all ranks are there or `init_timeout_s` is over;
+/// the error names the missing ones. The group's generation is the highest `identity.generation`
+/// that a rank proposed, and ":" and that number are appended to its name.
+std::shared_ptr<Communicator> make_shm(Identity identity, const ShmOptions& options);
 
 /// `size` ranks as threads of this process; element r belongs to rank r.
 std::vector<std::shared_ptr<Communicator>> make_local(const Identity& identity);

@@ -72,6 +72,9 @@ struct Stats {
   uint64_t staged = 0;  ///< collectives that copied through staging
   int64_t arena_bytes_in_use = 0;
   int64_t arena_bytes_peak = 0;
+  /// By rank: the share of the time between collectives, 0 to 1, that went by after the first rank
+  /// had come and before this one came.
+  std::vector<double> late_share = {};
 };
 
 /// One line of the operation log.
@@ -89,6 +92,7 @@ struct Identity {
   std::string backend;
   uint64_t generation = 0;
   double timeout_s = 600;
+  std::string flight_folder = {};  ///< where a failure leaves its flight record; empty: nowhere
 };
 
 /// All ranks call the same collectives in the same order. Calls of one rank are serialised. Every

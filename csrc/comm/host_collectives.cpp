@@ -9,6 +9,7 @@
 
 #include "comm/host_communicator.h"
 #include "core/callbacks.h"
+#include "core/fault.h"
 #include "kernels/reduce.h"
 
 namespace tp_native::comm {
@@ -55,6 +56,7 @@ void scatter_rows(char* out, const char* in, int64_t begin, int64_t bytes, int64
 }  // namespace
 
 char* HostCommunicator::slot(int rank, uint64_t chunk) const {
+  if (is_inline_) return reinterpret_cast<char*>(line(rank).payload);
   return peers_[rank].mapping->base() + kHeaderBytes + (chunk % kSlots) * kChunkBytes;
 }
 
@@ -69,12 +71,18 @@ void HostCommunicator::collective(const Signature& signature, int64_t bytes, dou
   } const current{current_ = &signature};
   timeout_s_ = timeout_s > 0 ? timeout_s : identity_.timeout_s;
   wait_started_s_ = 0;
+  is_inline_ = false;
   ++seq_;
   check_usable();
-  stats_.collectives += 1;
-  stats_.bytes += static_cast<uint64_t>(bytes);
+  TPN_FAULT("collective.enter");
+  bump(collectives_, 1);
+  bump(bytes_, static_cast<uint64_t>(bytes));
+  RankHeader& header = *peers_[identity_.rank].header();
+  signature_hash_ = hash_signature(signature);
+  begin_flight(header, seq_, signature, signature_hash_, bytes, stamp());
   try {
     body();
+    end_flight(header, seq_);
   } catch (...) {
     if (!failure_) {  // a signal handler of this process raised while it waited
       FailureRecord record;
@@ -98,26 +106,32 @@ void HostCommunicator::pipeline(int64_t chunks, uint64_t first_tick, const bool*
                                 const Put& put, const Take& take) {
   for (int64_t c = 0; c < chunks; ++c) {
     if (c + 1 < chunks) {
-      put(c + 1, slot(identity_.rank, chunk_ + c + 1));
+      put(c + 1, slot(identity_.rank, chunk_ + c + 1));  // proof: slot.put
+      TPN_FAULT("stage.post");
       post();
     }
     for (int i = 1; i < identity_.size; ++i) {
       const int r = (identity_.rank + i) % identity_.size;
       await(r, first_tick + c + (late && late[r]));
     }
-    take(c);
+    TPN_FAULT("stage.take");
+    take(c);  // proof: slot.take
   }
   chunk_ += chunks;
 }
 
+/// `most`: the longest message of any rank in bytes, of which a chunk holds `chunk_bytes`.
 template <class Put, class Take>
-void HostCommunicator::staged(int64_t chunks, const Put& put, const Take& take) {
-  stats_.staged += 1;
+void HostCommunicator::staged(int64_t most, int64_t chunk_bytes, const Put& put, const Take& take) {
+  bump(staged_, 1);
+  is_inline_ = most <= static_cast<int64_t>(kInlineBytes) &&
+               chunk_bytes == static_cast<int64_t>(kChunkBytes);  // no pieces within a chunk
+  TPN_FAULT("stage.put");
   put(int64_t{0}, slot(identity_.rank, chunk_));
   announce(kNoBlock);
   await_all(tick_);
   (void)check_announced(0);
-  pipeline(chunks, tick_, nullptr, put, take);
+  pipeline(chunks_of(most, chunk_bytes), tick_, nullptr, put, take);
 }
 
 Block HostCommunicator::allocate(int64_t bytes) {
@@ -159,7 +173,8 @@ void HostCommunicator::reduce_shared(const Signature& s, const Announced& announ
   const Slice mine = slice_of(count, width, identity_.rank, identity_.size);
   const int64_t tile = kTileBytes / width;
   void* block[kMaxRanks];
-  for (int64_t begin = mine.begin; begin < mine.end; begin += tile) {
+  TPN_FAULT("shared.push");
+  for (int64_t begin = mine.begin; begin < mine.end; begin += tile) {  // proof: shared.push
     for (int r = 0; r < identity_.size; ++r) {
       block[r] = at(static_cast<void*>(peers_[r].mapping->base()),
                     static_cast<int64_t>(announced.block[r]) + begin * width);
@@ -167,6 +182,7 @@ void HostCommunicator::reduce_shared(const Signature& s, const Announced& announ
     kernels::reduce({s.dtype, s.reduce, identity_.size, block, identity_.size, block,
                      std::min(tile, mine.end - begin), epilogue.bias, epilogue.columns, begin});
   }
+  TPN_FAULT("shared.post");
   post();
   await_all(tick_);
 }
@@ -194,9 +210,11 @@ void HostCommunicator::reduce_staged(const Signature& s, const void* in, void* o
                      epilogue.columns, c * chunk_bytes / width});
   };
 
-  stats_.staged += 1;
+  bump(staged_, 1);
+  is_inline_ = bytes <= static_cast<int64_t>(kInlineBytes);
   uint64_t announced_tick = tick_;
   if (!is_shared) {
+    TPN_FAULT("stage.put");
     if (bytes > 0) put(0, slot(me, chunk_));
     announce(kNoBlock);
     announced_tick = tick_;
@@ -269,7 +287,7 @@ void HostCommunicator::all_gather(const Signature& signature, const void* in, vo
                    pitch);
     }
   };
-  collective(signature, total(me), 0, [&] { staged(chunks_of(most, chunk_bytes), put, take); });
+  collective(signature, total(me), 0, [&] { staged(most, chunk_bytes, put, take); });
 }
 
 void HostCommunicator::reduce_scatter(const Signature& signature, const void* in, void* out,
@@ -309,7 +327,7 @@ void HostCommunicator::reduce_scatter(const Signature& signature, const void* in
     kernels::reduce(
         {signature.dtype, signature.reduce, size, src, 1, dst, length(me, c), nullptr, 0, 0});
   };
-  collective(signature, whole * width, 0, [&] { staged(chunks_of(most, piece), put, take); });
+  collective(signature, whole * width, 0, [&] { staged(most, piece, put, take); });
 }
 
 void HostCommunicator::gather(const Signature& signature, const void* in, void* out,
@@ -338,7 +356,7 @@ void HostCommunicator::gather(const Signature& signature, const void* in, void* 
     }
   };
   const int64_t most = *std::ranges::max_element(counts) * width;
-  collective(signature, total(me), 0, [&] { staged(chunks_of(most, chunk_bytes), put, take); });
+  collective(signature, total(me), 0, [&] { staged(most, chunk_bytes, put, take); });
 }
 
 void HostCommunicator::scatter(const Signature& signature, const void* in, void* out,
@@ -370,7 +388,7 @@ void HostCommunicator::scatter(const Signature& signature, const void* in, void*
     if (length(me, c) > 0) std::memcpy(at(out, c * piece), from, length(me, c));
   };
   const int64_t most = *std::ranges::max_element(counts) * width;
-  collective(signature, counts[me] * width, 0, [&] { staged(chunks_of(most, piece), put, take); });
+  collective(signature, counts[me] * width, 0, [&] { staged(most, piece, put, take); });
 }
 
 void HostCommunicator::broadcast(const Signature& signature, void* data, int64_t count, Stream) {
@@ -388,7 +406,7 @@ void HostCommunicator::broadcast(const Signature& signature, void* data, int64_t
     if (!is_root && bytes > 0)
       std::memcpy(at(data, c * chunk_bytes), slot(signature.root, chunk_ + c), length(c));
   };
-  collective(signature, bytes, 0, [&] { staged(chunks_of(bytes, chunk_bytes), put, take); });
+  collective(signature, bytes, 0, [&] { staged(bytes, chunk_bytes, put, take); });
 }
 
 void HostCommunicator::barrier(double timeout_s, Stream) {

@@ -11,6 +11,7 @@
 #include <cstdio>
 
 #include "core/callbacks.h"
+#include "core/fault.h"
 
 namespace tp_native::comm {
 namespace {
@@ -19,12 +20,7 @@ constexpr double kYieldSeconds = 1e-3;  // a peer between two operations is usua
 constexpr long kSliceNanoseconds =
     20'000'000;  // a lost wake-up or a signal costs one slice at most
 constexpr double kWarnSeconds = 30;
-
-double now_s() {
-  timespec t;
-  ::clock_gettime(CLOCK_MONOTONIC, &t);
-  return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
-}
+constexpr double kPromptSeconds = 20e-6;  // who comes within this is not called slow
 
 void cpu_pause() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -40,41 +36,6 @@ uint32_t* futex_word(std::atomic<uint64_t>& tick) {
   return reinterpret_cast<uint32_t*>(&tick);
 }
 
-uint64_t mix(uint64_t hash, uint64_t word) {
-  hash = (hash ^ word) * 0x9e3779b97f4a7c15ull;
-  return hash ^ (hash >> 32);
-}
-
-uint64_t hash_signature(const Signature& s) {
-  uint64_t hash = mix(0, static_cast<uint64_t>(s.op) | static_cast<uint64_t>(s.dtype) << 8 |
-                             static_cast<uint64_t>(s.reduce) << 16 |
-                             static_cast<uint64_t>(static_cast<uint16_t>(s.root)) << 24 |
-                             static_cast<uint64_t>(static_cast<uint16_t>(s.dim)) << 40);
-  hash = mix(hash, s.shape.size());
-  for (const int64_t n : s.shape) hash = mix(hash, static_cast<uint64_t>(n));
-  hash = mix(hash, s.sizes.size());
-  for (const int64_t n : s.sizes) hash = mix(hash, static_cast<uint64_t>(n));
-  return hash;
-}
-
-std::string describe(uint8_t op, uint8_t dtype, uint8_t reduce, int root, int dim,
-                     std::span<const int64_t> shape) {
-  std::ostringstream text;
-  const auto code = static_cast<OpCode>(op);
-  text << name(code);
-  if (code == OpCode::kBarrier) return text.str();
-  text << '(';
-  if (code == OpCode::kAllReduce || code == OpCode::kReduceScatter)
-    text << name(static_cast<ReduceOp>(reduce)) << ", ";
-  text << name(static_cast<DType>(dtype)) << " [";
-  for (size_t i = 0; i < shape.size(); ++i) text << (i ? ", " : "") << shape[i];
-  text << ']';
-  if (root >= 0) text << ", src " << root;
-  if (dim >= 0) text << ", dim " << dim;
-  text << ')';
-  return text.str();
-}
-
 /// Pauses before the first yield. Few even where every rank has a core: the scheduler may put two
 /// ranks on one for a while, and then each hop costs the whole spin.
 int spin_pauses(int size) {
@@ -86,28 +47,6 @@ int spin_pauses(int size) {
 
 }  // namespace
 
-const char* name(OpCode op) {
-  constexpr const char* kNames[] = {"barrier",
-                                    "all_reduce",
-                                    "all_gather",
-                                    "reduce_scatter",
-                                    "broadcast",
-                                    "copy_to_ranks",
-                                    "row_parallel_linear",
-                                    "column_parallel_linear",
-                                    "vocab_parallel_embedding",
-                                    "gather",
-                                    "scatter"};
-  const auto index = static_cast<size_t>(op);
-  return index < sizeof(kNames) / sizeof(kNames[0]) ? kNames[index] : "unknown operation";
-}
-
-uint64_t hash_text(const std::string& text) {
-  uint64_t hash = text.size();
-  for (const char c : text) hash = mix(hash, static_cast<uint8_t>(c));
-  return hash;
-}
-
 void write_header(const Arena& arena, const Identity& identity, uint64_t group, int pid) {
   auto* const header = new (arena.base()) RankHeader{};
   header->magic = kMagic;
@@ -115,7 +54,6 @@ void write_header(const Arena& arena, const Identity& identity, uint64_t group, 
   header->rank = identity.rank;
   header->size = identity.size;
   header->pid = pid;
-  header->generation = identity.generation;
   header->group = group;
   header->capacity = arena.capacity();
   header->state.store(static_cast<uint32_t>(RankState::kJoining), std::memory_order_release);
@@ -124,8 +62,8 @@ void write_header(const Arena& arena, const Identity& identity, uint64_t group, 
 void check_header(const Peer& peer, int rank, const Identity& identity, uint64_t group) {
   const RankHeader& header = *peer.header();
   TPN_CHECK(header.magic == kMagic && header.version == kProtocolVersion && header.rank == rank &&
-                header.size == identity.size && header.generation == identity.generation &&
-                header.group == group && header.capacity == peer.mapping->bytes(),
+                header.size == identity.size && header.group == group &&
+                header.capacity == peer.mapping->bytes(),
             "the shared memory that rank ", rank, " sent is not its own arena of group ",
             identity.name, ": two jobs may be using the same address; start the job again");
 }
@@ -137,7 +75,7 @@ HostCommunicator::HostCommunicator(Identity identity, std::shared_ptr<Arena> are
       peers_(std::move(peers)),
       group_hash_(mix(hash_text(identity_.name), identity_.generation)),
       spin_pauses_(spin_pauses(identity_.size)),
-      log_(1024) {
+      skew_(static_cast<uint64_t>(kPromptSeconds / clock_.period_s())) {
   peers_[identity_.rank].header()->state.store(static_cast<uint32_t>(RankState::kActive),
                                                std::memory_order_release);
 }
@@ -157,6 +95,7 @@ void HostCommunicator::close() {
   {
     std::lock_guard lock(mutex_);
     if (std::exchange(is_closed_, true)) return;
+    TPN_FAULT("leave");
     peers_[identity_.rank].header()->state.store(static_cast<uint32_t>(RankState::kLeft),
                                                  std::memory_order_release);
     wake(identity_.rank);
@@ -165,20 +104,38 @@ void HostCommunicator::close() {
 }
 
 Stats HostCommunicator::stats() const {
-  std::lock_guard lock(mutex_);
-  Stats stats = stats_;
+  constexpr auto kRelaxed = std::memory_order_relaxed;
+  Stats stats;
+  stats.collectives = collectives_.load(kRelaxed);
+  stats.bytes = bytes_.load(kRelaxed);
+  stats.staged = staged_.load(kRelaxed);
   stats.arena_bytes_in_use = arena_->bytes_in_use();
   stats.arena_bytes_peak = arena_->bytes_peak();
+  for (int r = 0; r < identity_.size; ++r)
+    stats.late_share.push_back(late_share_[r].load(kRelaxed));
   return stats;
 }
 
 std::vector<LogEntry> HostCommunicator::op_log() const {
-  std::lock_guard lock(mutex_);
   std::vector<LogEntry> entries;
-  const uint64_t kept = std::min<uint64_t>(seq_, log_.size());
-  for (uint64_t seq = seq_ - kept + 1; seq <= seq_; ++seq)
-    entries.push_back(log_[seq % log_.size()]);
+  for (const FlightCopy& e : all_flight(*peers_[identity_.rank].header()))
+    entries.push_back({e.seq, e.op, e.dtype, e.signature});
   return entries;
+}
+
+std::vector<RankHeader*> HostCommunicator::headers() const {
+  std::vector<RankHeader*> all;
+  for (const Peer& peer : peers_) all.push_back(peer.header());
+  return all;
+}
+
+void HostCommunicator::beat() noexcept {
+  std::atomic<uint64_t>& pulse = peers_[identity_.rank].header()->pulse;
+  pulse.store(pulse.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
+}
+
+uint64_t HostCommunicator::beats(int rank) const {
+  return peers_[rank].header()->pulse.load(std::memory_order_relaxed);
 }
 
 bool HostCommunicator::has_left(int rank) const {
@@ -188,31 +145,26 @@ bool HostCommunicator::has_left(int rank) const {
 
 // ---- announcing and waiting
 
-void HostCommunicator::announce(uint64_t block) {
+void HostCommunicator::announce(uint64_t block) {  // proof: meet.announce
+  TPN_FAULT("announce");
   Line& mine = line(identity_.rank);
-  const Signature& s = *current_;
-  const uint64_t signature_hash = hash_signature(s);
-  mine.fingerprint = mix(mix(signature_hash, group_hash_), seq_);
+  mine.fingerprint = mix(mix(signature_hash_, group_hash_), seq_);
   mine.block = block;
-  mine.seq.store(seq_, std::memory_order_relaxed);
-  mine.op.store(static_cast<uint8_t>(s.op), std::memory_order_relaxed);
-  mine.dtype = static_cast<uint8_t>(s.dtype);
-  mine.reduce = static_cast<uint8_t>(s.reduce);
-  mine.root = static_cast<int8_t>(s.root);
-  mine.dim = static_cast<int8_t>(s.dim);
-  mine.dims = static_cast<uint8_t>(std::min<size_t>(s.shape.size(), kMaxDims));
-  std::copy_n(s.shape.begin(), mine.dims, mine.shape);
-  log_[seq_ % log_.size()] = {seq_, s.op, s.dtype, signature_hash};
+  mine.stamp = stamp();
   post();
+  TPN_FAULT("announced");
 }
 
 HostCommunicator::Announced HostCommunicator::check_announced(int64_t shared_bytes) {
+  TPN_FAULT("check");
   Announced announced;
+  uint64_t arrived[kMaxRanks] = {};
   const uint64_t expected = line(identity_.rank).fingerprint;
-  for (int r = 0; r < identity_.size; ++r) {
+  for (int r = 0; r < identity_.size; ++r) {  // proof: meet.check
     const Line& theirs = line(r);
     if (theirs.fingerprint != expected) [[unlikely]]
       raise_mismatch();
+    arrived[r] = theirs.stamp;
     const uint64_t block = announced.block[r] = theirs.block;
     if (block == kNoBlock) {
       announced.all_shared = false;
@@ -226,7 +178,16 @@ HostCommunicator::Announced HostCommunicator::check_announced(int64_t shared_byt
                  concat("rank ", r, " announced a block outside its arena"));
     }
   }
+  if (const int slow = skew_.add(arrived, identity_.size); slow >= 0) [[unlikely]]
+    warn_of_straggler(slow);
   return announced;
+}
+
+void HostCommunicator::warn_of_straggler(int rank) const {
+  if (identity_.rank != 0) return;  // all ranks see it; one tells
+  warn(concat("group ", identity_.name, ": ", describe_rank(rank), " is slow: the others spend ",
+              static_cast<int>(skew_.share(rank) * 100), " % of the time waiting for it, now in ",
+              describe_current()));
 }
 
 void HostCommunicator::post() {
@@ -244,6 +205,7 @@ void HostCommunicator::wake(int rank) const {
 }
 
 void HostCommunicator::await_all(uint64_t tick) {
+  TPN_FAULT("await");
   for (int i = 1; i < identity_.size; ++i) await((identity_.rank + i) % identity_.size, tick);
 }
 
@@ -296,6 +258,7 @@ void HostCommunicator::await_slow(int rank, uint64_t tick) {
 }
 
 void HostCommunicator::sleep_on(int rank, uint64_t tick) {
+  TPN_FAULT("sleep");
   RankHeader& header = *peers_[rank].header();
   std::atomic<uint64_t>& theirs = line(rank).tick;
   header.sleepers.fetch_add(1, std::memory_order_seq_cst);  // pairs with post()
@@ -312,12 +275,12 @@ void HostCommunicator::check_deadline(int rank, double waited_s, double& next_wa
   if (waited_s >= timeout_s_) {
     fail_group(FailureKind::kTimeout, rank,
                concat(describe_rank(rank), " did not come within ", timeout_s_, " s; ",
-                      late_table(tick_), "; raise timeout_s if it is only slow"));
+                      late_table(), "; raise timeout_s if it is only slow"));
   }
   if (waited_s >= next_warning_s) {
     next_warning_s += kWarnSeconds;
     warn(concat("rank ", identity_.rank, " has waited ", static_cast<int>(waited_s), " s in ",
-                describe_current(), "; ", late_table(tick_)));
+                describe_current(), "; ", late_table()));
   }
 }
 
@@ -362,12 +325,15 @@ void HostCommunicator::publish_abort(FailureKind kind, int culprit,
   uint32_t free = AbortRecord::kFree;
   if (!record.state.compare_exchange_strong(free, AbortRecord::kClaimed, std::memory_order_acq_rel))
     return;
+  TPN_FAULT("abort.publish");
   record.kind = static_cast<uint8_t>(kind);
   record.culprit = culprit;
   record.reporter = identity_.rank;
   std::snprintf(record.text, sizeof(record.text), "%s", text.c_str());
   record.state.store(AbortRecord::kPublished, std::memory_order_release);
   for (int r = 0; r < identity_.size; ++r) wake(r);
+  if (kind != FailureKind::kInterrupted)
+    write_flight_record(identity_, headers(), kind, culprit, text, clock_);
 }
 
 void HostCommunicator::abort(const std::string& reason) {
@@ -394,38 +360,25 @@ void HostCommunicator::raise_failure(FailureKind kind, int culprit, const std::s
                        ? concat("rank ", identity_.rank, " in ", describe_current(), ": ", text)
                        : concat("rank ", identity_.rank, " of group ", identity_.name, ": ", text);
   if (kind != FailureKind::kError)
-    record.message += "; the group is unusable now, start its ranks again";
+    record.message += "; the group is unusable now: start its ranks again, or renew() it";
+  if (const std::string path = flight_path(identity_, *peers_[0].header());
+      !path.empty() && kind != FailureKind::kInterrupted)
+    record.message += concat("; flight record: ", path, " (tp-native blame ", path, ")");
   failure_ = record;
   arena_->retire();
   raise(std::move(record));
 }
 
 void HostCommunicator::raise_mismatch() {
-  int votes_best = 0;
-  int model = 0;  // the rank whose operation most ranks share; of equals the lowest
+  const auto size = static_cast<size_t>(identity_.size);
+  FlightCopy entries[kMaxRanks];
+  Announcement ranks[kMaxRanks];
   for (int r = 0; r < identity_.size; ++r) {
-    int votes = 0;
-    for (int other = 0; other < identity_.size; ++other)
-      votes += line(other).fingerprint == line(r).fingerprint;
-    if (votes > votes_best) {
-      votes_best = votes;
-      model = r;
-    }
+    entries[r] = copy_flight(*peers_[r].header(), seq_);
+    ranks[r] = announcement_of(entries[r], line(r).fingerprint);
   }
-  int culprit = -1;
-  std::ostringstream text;
-  text << "the ranks entered different collectives:";
-  for (int r = 0; r < identity_.size; ++r) {
-    const Line& l = line(r);
-    if (culprit < 0 && l.fingerprint != line(model).fingerprint) culprit = r;
-    const size_t dims = std::min<size_t>(l.dims, kMaxDims);
-    text << (r ? "; " : " ") << "rank " << r << " "
-         << describe(l.op.load(std::memory_order_relaxed), l.dtype, l.reduce, l.root, l.dim,
-                     std::span(l.shape, dims));
-  }
-  text
-      << ". All ranks must call the same operation with the same dtype, global shape and partition";
-  fail_group(FailureKind::kMismatch, culprit, text.str());
+  const Mismatch found = find_mismatch(std::span(ranks, size));
+  fail_group(FailureKind::kMismatch, found.culprit, found.text);
 }
 
 std::string HostCommunicator::describe_rank(int rank) const {
@@ -433,33 +386,26 @@ std::string HostCommunicator::describe_rank(int rank) const {
 }
 
 std::string HostCommunicator::describe_current() const {
-  const Signature& s = *current_;
-  return concat(describe(static_cast<uint8_t>(s.op), static_cast<uint8_t>(s.dtype),
-                         static_cast<uint8_t>(s.reduce), s.root, s.dim, s.shape),
-                " #", seq_);
+  return concat(describe(*current_), " #", seq_);
 }
 
-std::string HostCommunicator::late_table(uint64_t tick) const {
+std::string HostCommunicator::describe_last(int rank) const {
+  const FlightCopy last = last_flight(*peers_[rank].header());
+  if (last.seq == 0) return "before its first operation";
+  return concat(last.end == 0 ? "in " : "after ", describe(announcement_of(last)), " #", last.seq);
+}
+
+std::string HostCommunicator::late_table() const {
   std::ostringstream text;
   text << "ranks:";
   for (int r = 0; r < identity_.size; ++r) {
-    const Line* last = nullptr;
-    uint64_t last_seq = 0;
-    for (const Line& l : peers_[r].header()->lines) {
-      const uint64_t seq = l.seq.load(std::memory_order_relaxed);
-      if (seq > last_seq) {
-        last = &l;
-        last_seq = seq;
-      }
-    }
+    const FlightCopy last = last_flight(*peers_[r].header());
     text << (r ? ", " : " ") << r;
     if (has_left(r)) text << " left";
-    if (!last) {
+    if (last.seq == 0) {
       text << " has called nothing yet";
     } else {
-      text << (last->tick.load(std::memory_order_acquire) >= tick ? " is in " : " last called ")
-           << name(static_cast<OpCode>(last->op.load(std::memory_order_relaxed))) << " #"
-           << last_seq;
+      text << (last.seq >= seq_ ? " is in " : " last called ") << name(last.op) << " #" << last.seq;
     }
   }
   return text.str();

@@ -12,7 +12,10 @@
 
 #include "comm/arena.h"
 #include "comm/communicator.h"
+#include "comm/flight.h"
 #include "comm/protocol.h"
+#include "comm/skew.h"
+#include "core/clock.h"
 #include "core/error.h"
 
 namespace tp_native::comm {
@@ -22,7 +25,8 @@ struct Peer {
   RankHeader* header() const { return reinterpret_cast<RankHeader*>(mapping->base()); }
 };
 
-/// Something that lives as long as the communicator and is stopped before it goes: the death watch.
+/// Something that lives as long as the communicator and is stopped before it goes: the watch over
+/// the peers.
 class Companion {
  public:
   virtual ~Companion() = default;
@@ -32,7 +36,6 @@ class Companion {
 void write_header(const Arena& arena, const Identity& identity, uint64_t group, int pid);
 /// Raises unless `peer`'s header is that of rank `rank` of this group.
 void check_header(const Peer& peer, int rank, const Identity& identity, uint64_t group);
-uint64_t hash_text(const std::string& text);
 
 class HostCommunicator final : public Communicator {
  public:
@@ -62,6 +65,10 @@ class HostCommunicator final : public Communicator {
   /// thread.
   void publish_abort(FailureKind kind, int culprit, const std::string& text) noexcept;
   bool has_left(int rank) const;
+  void beat() noexcept;  ///< this rank lives
+  uint64_t beats(int rank) const;
+  /// "in all_reduce(sum, float32 [4]) #17", "after ...", "before its first operation"
+  std::string describe_last(int rank) const;
   void keep(std::unique_ptr<Companion> companion) { companion_ = std::move(companion); }
 
  private:
@@ -74,7 +81,7 @@ class HostCommunicator final : public Communicator {
   template <class Body>
   void collective(const Signature& signature, int64_t bytes, double timeout_s, Body&& body);
   template <class Put, class Take>
-  void staged(int64_t chunks, const Put& put, const Take& take);
+  void staged(int64_t most, int64_t chunk_bytes, const Put& put, const Take& take);
   template <class Put, class Take>
   void pipeline(int64_t chunks, uint64_t first_tick, const bool* late, const Put& put,
                 const Take& take);
@@ -86,7 +93,11 @@ class HostCommunicator final : public Communicator {
                     const Epilogue&) const;
 
   Line& line(int rank) const { return peers_[rank].header()->lines[seq_ % kRing]; }
+  static void bump(std::atomic<uint64_t>& counter, uint64_t by) {  // one writer: no locked add
+    counter.store(counter.load(std::memory_order_relaxed) + by, std::memory_order_relaxed);
+  }
   char* slot(int rank, uint64_t chunk) const;
+  std::vector<RankHeader*> headers() const;
   void announce(uint64_t block);
   Announced check_announced(int64_t shared_bytes);
   void post();
@@ -105,7 +116,8 @@ class HostCommunicator final : public Communicator {
   AbortRecord& abort_record() const { return peers_[0].header()->abort; }
   std::string describe_rank(int rank) const;
   std::string describe_current() const;
-  std::string late_table(uint64_t tick) const;
+  void warn_of_straggler(int rank) const;
+  std::string late_table() const;
   void wake(int rank) const;
   bool is_forked_child() const { return arena_->mapping()->owner().is_elsewhere(); }
 
@@ -114,17 +126,25 @@ class HostCommunicator final : public Communicator {
   std::unique_ptr<Companion> companion_;
   uint64_t group_hash_;
   int spin_pauses_;
+  StampClock clock_;
 
   mutable std::mutex mutex_;  ///< one collective of this rank at a time; guards what follows
   const Signature* current_ = nullptr;
+  uint64_t signature_hash_ = 0;
+  bool is_inline_ = false;  ///< the current payload rides in the announcing line
   double timeout_s_ = 0;
   double wait_started_s_ = 0;
   uint64_t seq_ = 0;
   uint64_t tick_ = 0;
   uint64_t chunk_ = 0;
   std::optional<FailureRecord> failure_;
-  Stats stats_;
-  std::vector<LogEntry> log_;
+  Skew skew_;
+
+  // written under the mutex, read without it
+  std::atomic<uint64_t> collectives_{0};
+  std::atomic<uint64_t> bytes_{0};
+  std::atomic<uint64_t> staged_{0};
+  std::atomic<float> late_share_[kMaxRanks] = {};
   std::atomic<bool> is_closing_{false};
   bool is_closed_ = false;
 };

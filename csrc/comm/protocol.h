@@ -12,7 +12,7 @@ namespace tp_native::comm {
 
 constexpr int kMaxRanks = 16;
 constexpr uint64_t kMagic = 0x3176'6974'616e'7074;  // "tpnativ1", little endian
-constexpr uint32_t kProtocolVersion = 1;
+constexpr uint32_t kProtocolVersion = 2;
 
 /// Collectives a fast writer may be ahead before it overwrites a line is 1 (every collective begins
 /// with a full meet); four lines leave room for backends that post several operations at once.
@@ -28,24 +28,33 @@ constexpr size_t kChunkBytes =
 
 constexpr uint64_t kNoBlock = ~uint64_t{0};
 
-/// One announced collective: a cache line that every peer reads, and one that only an error message
-/// needs.
+/// Payloads up to this ride in the announcing line: two adjacent cache lines, fetched as a pair.
+constexpr size_t kInlineBytes = 96;
+
+/// One announced collective.
 struct alignas(128) Line {
   std::atomic<uint64_t> tick;  ///< steps this rank has posted since the group began; release, pairs
                                ///< with the waiter's acquire
   uint64_t fingerprint;
   uint64_t block;  ///< offset of the shared operand in this rank's arena, or kNoBlock
-  std::atomic<uint64_t>
-      seq;  ///< relaxed: peers read it only for the table of late ranks, as they do `op`
-  alignas(64) std::atomic<uint8_t> op;
-  uint8_t dtype;
-  uint8_t reduce;
-  int8_t root;
-  int8_t dim;
-  uint8_t dims;
-  int64_t shape[kMaxDims];
+  uint64_t stamp;  ///< when this rank came (core/clock.h)
+  unsigned char payload[kInlineBytes];
 };
 static_assert(sizeof(Line) == 128);
+
+/// One operation of one rank, for error messages and the flight record. Other ranks may read while
+/// the owner writes: relaxed words, `seq` last (release).
+struct FlightEntry {
+  std::atomic<uint64_t> seq;        ///< 0: never used
+  std::atomic<uint64_t> signature;  ///< hash of what all ranks must agree on
+  std::atomic<uint64_t> code;       ///< operation, dtype, reduction, root, dim, dims: a byte each
+  std::atomic<uint64_t> bytes;      ///< payload of this rank
+  std::atomic<uint64_t> start;      ///< stamps
+  std::atomic<uint64_t> end;        ///< 0: not finished
+  std::atomic<int64_t> shape[kMaxDims];
+};
+static_assert(sizeof(FlightEntry) == 96);
+constexpr uint64_t kFlightEntries = 1024;
 
 enum class RankState : uint32_t { kJoining = 0, kActive = 1, kLeft = 2 };
 
@@ -67,16 +76,17 @@ struct RankHeader {
   int32_t rank;
   int32_t size;
   int32_t pid;
-  uint64_t generation;
   uint64_t group;  ///< hash of the group's name and address
   uint64_t capacity;
   alignas(128) std::atomic<uint32_t> state;     ///< RankState
   alignas(128) std::atomic<uint32_t> sleepers;  ///< peers in a futex wait on one of the ticks
+  alignas(128) std::atomic<uint64_t> pulse;     ///< heartbeats; stands still while frozen
   Line lines[kRing];
   alignas(128) AbortRecord abort;  ///< used in rank 0's header only
+  alignas(128) FlightEntry flight[kFlightEntries];
 };
 
-constexpr size_t kHeaderBytes = 8192;
+constexpr size_t kHeaderBytes = 128u << 10;
 static_assert(sizeof(RankHeader) <= kHeaderBytes);
 static_assert(std::atomic<uint64_t>::is_always_lock_free &&
               std::atomic<uint32_t>::is_always_lock_free);

@@ -12,9 +12,12 @@
 #include <cstddef>
 #include <span>
 
-#include "comm/host_communicator.h"
+#include "comm/limits.h"
 #include "comm/protocol.h"
 #include "core/callbacks.h"
+#include "core/clock.h"
+#include "core/error.h"
+#include "core/fault.h"
 
 #ifndef SO_PEERPIDFD
 #define SO_PEERPIDFD 77
@@ -41,16 +44,11 @@ struct Welcome {
   uint64_t magic = kMagic;
   int32_t is_refused = 0;
   int32_t size = 0;
+  uint64_t generation = 0;
   int32_t pids[kMaxRanks] = {};
   int32_t has_process[kMaxRanks] = {};
   char text[kTextBytes] = {};
 };
-
-double now_s() {
-  timespec t;
-  ::clock_gettime(CLOCK_MONOTONIC, &t);
-  return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
-}
 
 void set_text(std::span<char> to, const std::string& text) {
   const size_t length = std::min(text.size(), to.size() - 1);
@@ -73,6 +71,8 @@ socklen_t fill_address(sockaddr_un& to, const std::string& name) {
 
 Fd make_socket() {
   const int raw = ::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+  if (raw == -1 && (errno == EMFILE || errno == ENFILE))
+    fail("the group's socket: " + describe_descriptor_limit(1));
   TPN_SYS(raw, "making a UNIX socket");
   return Fd(raw);
 }
@@ -108,9 +108,12 @@ bool send_message(int socket, const Message& message, std::span<const int> fds) 
   return ::sendmsg(socket, &header, MSG_NOSIGNAL) == static_cast<ssize_t>(sizeof(message));
 }
 
-/// False for anything but one whole message; descriptors that came along are closed then.
+enum class Received { kWhole, kFewerDescriptors, kNothing };
+
+/// kFewerDescriptors: this process may not have as many open as came along. Anything but one whole
+/// message is kNothing.
 template <class Message>
-bool receive_message(int socket, Message& message, std::vector<Fd>& fds) {
+Received receive_message(int socket, Message& message, std::vector<Fd>& fds) {
   iovec io{&message, sizeof(message)};
   alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int) * kFdsMost)] = {};
   msghdr header{};
@@ -128,8 +131,10 @@ bool receive_message(int socket, Message& message, std::vector<Fd>& fds) {
       fds.emplace_back(fd);
     }
   }
-  return bytes == static_cast<ssize_t>(sizeof(message)) &&
-         !(header.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) && message.magic == kMagic;
+  if (bytes != static_cast<ssize_t>(sizeof(message)) || (header.msg_flags & MSG_TRUNC) ||
+      message.magic != kMagic)
+    return Received::kNothing;
+  return header.msg_flags & MSG_CTRUNC ? Received::kFewerDescriptors : Received::kWhole;
 }
 
 ucred peer_of(int socket) {
@@ -169,9 +174,8 @@ std::string objection(const Hello& mine, const Hello& theirs, const std::vector<
     return concat(who, " was started with world size ", theirs.size, ", rank 0 (pid ", mine.pid,
                   ") with ", mine.size, ": start all ranks with the same WORLD_SIZE");
   }
-  if (get_text(theirs.group) != get_text(mine.group) || theirs.generation != mine.generation) {
-    return concat(who, " wants group ", get_text(theirs.group), " generation ", theirs.generation,
-                  ", rank 0 ", get_text(mine.group), " generation ", mine.generation,
+  if (get_text(theirs.group) != get_text(mine.group)) {
+    return concat(who, " wants group ", get_text(theirs.group), ", rank 0 ", get_text(mine.group),
                   ": all ranks must make their groups in the same order");
   }
   if (theirs.rank < 0 || theirs.rank >= mine.size) {
@@ -211,19 +215,36 @@ struct Lobby {
     Hello theirs;
     std::vector<Fd> fds;
     const ucred peer = peer_of(socket.get());
-    if (peer.uid != ::geteuid() || !receive_message(socket.get(), theirs, fds))
-      return;  // not one of ours: drop it
-    const std::string why = objection(mine, theirs, roster.members);
-    if (!why.empty() || fds.size() != 1) {
-      waiting.push_back(std::move(socket));
-      refuse_all(why.empty() ? concat("rank ", theirs.rank, " sent no memory") : why);
+    if (peer.uid != ::geteuid()) return;  // not one of ours: drop it
+    const Received received = receive_message(socket.get(), theirs, fds);
+    if (received == Received::kNothing) return;
+    std::string why = objection(mine, theirs, roster.members);
+    if (why.empty() && fds.size() != 1) {
+      why = received == Received::kFewerDescriptors
+                ? concat("rank 0 ", describe_descriptor_limit(2 * mine.size))
+                : concat("rank ", theirs.rank, " sent no memory");
     }
+    if (!why.empty()) {
+      waiting.push_back(std::move(socket));
+      refuse_all(why);
+    }
+    roster.generation = std::max(roster.generation, theirs.generation);
     Member& member = roster.members[theirs.rank];
     member.pid =
         peer.pid > 0 ? peer.pid : theirs.pid;  // 0: the caller lives in another pid namespace
     member.arena = std::move(fds[0]);
     member.process = process_of(socket.get(), member.pid);
     roster.sockets[theirs.rank] = std::move(socket);
+  }
+
+  /// Nobody waits until the deadline for a rank that has come and died.
+  void check_living(int rank) {
+    char byte;
+    const ssize_t got = ::recv(roster.sockets[rank].get(), &byte, 1, MSG_PEEK | MSG_DONTWAIT);
+    if (got > 0 || (got < 0 && (errno == EAGAIN || errno == EINTR))) return;
+    const int pid = roster.members[rank].pid;
+    roster.sockets[rank] = Fd();
+    refuse_all(concat("rank ", rank, " (pid ", pid, ") left while the group was being made"));
   }
 };
 
@@ -239,12 +260,14 @@ Roster host(const Identity& identity, const std::string& address, int arena_fd, 
         " or two processes have RANK=0; give each job its own MASTER_PORT");
     TPN_SYS(-1, "binding the group's UNIX socket");
   }
+  TPN_FAULT("meet.listen");
   TPN_SYS(::listen(listener.get(), 64), "listening for the other ranks");
 
   Lobby lobby;
   lobby.mine = make_hello(identity);
   lobby.roster.members.resize(identity.size);
   lobby.roster.sockets.resize(identity.size);
+  lobby.roster.generation = identity.generation;
   Member& self = lobby.roster.members[0];
   self.pid = ::getpid();
   self.arena = Fd(::fcntl(arena_fd, F_DUPFD_CLOEXEC, 0));
@@ -253,6 +276,8 @@ Roster host(const Identity& identity, const std::string& address, int arena_fd, 
   while (lobby.joined() < identity.size) {
     std::vector<pollfd> polled{{listener.get(), POLLIN, 0}};
     for (const Fd& socket : lobby.waiting) polled.push_back({socket.get(), POLLIN, 0});
+    const size_t joined = polled.size();
+    for (const Fd& socket : lobby.roster.sockets) polled.push_back({socket.get(), POLLRDHUP, 0});
     const double left = deadline_s - now_s();
     const int ready =
         ::poll(polled.data(), polled.size(), static_cast<int>(std::clamp(left, 0.0, 0.05) * 1e3));
@@ -282,6 +307,9 @@ Roster host(const Identity& identity, const std::string& address, int arena_fd, 
       why << ". Start all " << identity.size << " ranks, or raise init_timeout_s";
       lobby.refuse_all(why.str());
     }
+    for (int r = 1; r < identity.size; ++r) {
+      if (polled[joined + r].revents != 0) lobby.check_living(r);
+    }
     std::vector<Fd> still_waiting;
     std::vector<Fd> callers = std::exchange(lobby.waiting, {});
     for (size_t i = 0; i < callers.size(); ++i) {
@@ -300,6 +328,7 @@ Roster host(const Identity& identity, const std::string& address, int arena_fd, 
 
   Welcome welcome;
   welcome.size = identity.size;
+  welcome.generation = lobby.roster.generation;
   std::vector<int> fds;
   for (int r = 0; r < identity.size; ++r) fds.push_back(lobby.roster.members[r].arena.get());
   for (int r = 0; r < identity.size; ++r) {
@@ -309,6 +338,7 @@ Roster host(const Identity& identity, const std::string& address, int arena_fd, 
     if (member.process) fds.push_back(member.process.get());
   }
   for (int r = 1; r < identity.size; ++r) {
+    TPN_FAULT("meet.welcome");
     if (!send_message(lobby.roster.sockets[r].get(), welcome, fds)) {
       lobby.refuse_all(
           concat("rank ", r, " (pid ", welcome.pids[r], ") died while the group was being made"));
@@ -341,6 +371,7 @@ Roster join(const Identity& identity, const std::string& address, int arena_fd, 
   TPN_CHECK(peer_of(socket.get()).uid == ::geteuid(),
             "rank 0's socket belongs to another user: choose another MASTER_PORT");
   const int give[] = {arena_fd};
+  TPN_FAULT("meet.hello");
   TPN_CHECK(send_message(socket.get(), make_hello(identity), give),
             "rank 0 left while the group was being made");
 
@@ -349,13 +380,16 @@ Roster join(const Identity& identity, const std::string& address, int arena_fd, 
   // rank 0 reports at its own deadline, which may be a little later than this one
   TPN_CHECK(wait_readable(socket.get(), deadline_s + 5), "rank 0 has not answered within ",
             timeout_s + 5, " s: is it stopped?");
-  TPN_CHECK(receive_message(socket.get(), welcome, fds),
-            "rank 0 died while the group was being made");
+  const Received received = receive_message(socket.get(), welcome, fds);
+  TPN_CHECK(received != Received::kNothing, "rank 0 died while the group was being made");
   TPN_CHECK(!welcome.is_refused, get_text(welcome.text));
   size_t expected = static_cast<size_t>(identity.size);
   for (int r = 0; r < identity.size; ++r) expected += welcome.has_process[r] ? 1 : 0;
+  TPN_CHECK(received == Received::kWhole, "rank ", identity.rank, " ",
+            describe_descriptor_limit(static_cast<int>(expected)));
   TPN_CHECK(welcome.size == identity.size && fds.size() == expected, "rank 0 sent ", fds.size(),
-            " descriptors, expected ", expected, ": raise the limit of open files (ulimit -n)");
+            " descriptors, expected ", expected);
+  roster.generation = welcome.generation;
   roster.members.resize(identity.size);
   size_t next = static_cast<size_t>(identity.size);
   for (int r = 0; r < identity.size; ++r) {

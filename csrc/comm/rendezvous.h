@@ -22,12 +22,13 @@ struct Roster {
   std::vector<Member> members;  ///< by rank, this one included
   std::vector<Fd> sockets;  ///< rank 0: one per peer by rank; others: sockets[0] leads to rank 0.
                             ///< Hang-up = death
-  uint64_t group = 0;       ///< hash that the arenas' headers carry
+  uint64_t generation = 0;  ///< the highest that any rank proposed
 };
 
 /// Gives this rank's arena (`arena_fd`, duplicated) and gets everybody's. Raises the same error on
-/// all ranks that came: missing ranks by number at the deadline; at once for a second process with
-/// the same rank, another world size, another version, another user.
+/// all ranks that came: missing ranks by number at the deadline; at once for a rank that came and
+/// died, a second process with the same rank, another world size, another version, another user.
+/// `identity.generation` is this rank's proposal: one more than the last that it knows.
 Roster meet(const Identity& identity, const std::string& address, int arena_fd, double timeout_s);
 
 }  // namespace tp_native::comm

@@ -6,8 +6,8 @@
 #include <unistd.h>
 
 #include "comm/backends.h"
-#include "comm/death_watch.h"
 #include "comm/host_communicator.h"
+#include "comm/peer_watch.h"
 
 namespace tp_native::comm {
 namespace {
@@ -24,16 +24,17 @@ Peer map_peer(const Member& member, int rank) {
 
 }  // namespace
 
-std::shared_ptr<Communicator> make_shm(const Identity& identity, const std::string& address,
-                                       double init_timeout_s) {
+std::shared_ptr<Communicator> make_shm(Identity identity, const ShmOptions& options) {
   const auto memory =
       static_cast<size_t>(::sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(::sysconf(_SC_PAGESIZE));
   const std::shared_ptr<Arena> arena =
       Arena::shared(std::max(memory, 2 * kReservedBytes), kReservedBytes);
-  const uint64_t group = hash_text(address + "/" + identity.name);
+  const uint64_t group = hash_text(options.address + "/" + identity.name);
   write_header(*arena, identity, group, ::getpid());
 
-  Roster roster = meet(identity, address, arena->fd(), init_timeout_s);
+  Roster roster = meet(identity, options.address, arena->fd(), options.init_timeout_s);
+  identity.generation = roster.generation;
+  identity.name = concat(identity.name, ':', roster.generation);
   std::vector<Peer> peers;
   for (int r = 0; r < identity.size; ++r) {
     peers.push_back(r == identity.rank ? Peer{arena->mapping()} : map_peer(roster.members[r], r));
@@ -41,8 +42,9 @@ std::shared_ptr<Communicator> make_shm(const Identity& identity, const std::stri
     roster.members[r].arena = Fd();  // the mapping is enough
   }
   auto communicator = std::make_shared<HostCommunicator>(identity, arena, std::move(peers));
-  communicator->keep(std::make_unique<DeathWatch>(*communicator, std::move(roster)));
-  communicator->barrier(init_timeout_s, {});  // every rank has mapped everybody's memory
+  communicator->keep(std::make_unique<PeerWatch>(*communicator, std::move(roster),
+                                                 options.frozen_timeout_s, options.launcher_pid));
+  communicator->barrier(options.init_timeout_s, {});  // every rank has mapped everybody's memory
   return communicator;
 }
 

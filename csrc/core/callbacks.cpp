@@ -19,6 +19,14 @@ void warn(const std::string& message) {
   }
 }
 
+void warn_later(const std::string& message) {
+  if (g_callbacks.warn_later) {
+    g_callbacks.warn_later(message);
+  } else {
+    warn(message);
+  }
+}
+
 void raise(FailureRecord record) {
   if (g_callbacks.raise) g_callbacks.raise(record);
   throw Error(std::move(record));

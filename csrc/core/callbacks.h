@@ -13,10 +13,13 @@ struct Callbacks {
   void (*raise)(const FailureRecord&) = nullptr;  ///< throws the host's typed error
   void (*check_signals)() = nullptr;  ///< throws if a signal handler raised; called every <= 50 ms
   void (*warn)(const std::string&) = nullptr;
+  void (*warn_later)(const std::string&) = nullptr;  ///< from any thread, without waiting
 };
 
 void install_callbacks(const Callbacks& callbacks);
 const Callbacks& callbacks();
 void warn(const std::string& message);
+/// For threads that must not wait for the host: it is told as soon as it listens.
+void warn_later(const std::string& message);
 
 }  // namespace tp_native

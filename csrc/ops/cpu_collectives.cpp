@@ -134,6 +134,67 @@ Tensor reduce_scatter(const Tensor& t, const Tensor&, Sizes symbolic, int64_t di
   return out.movedim(0, dim).contiguous();
 }
 
+/// Rank `root`'s whole tensor, cut along dimension 0, and everybody's part: checked, and as the
+/// communicator wants them.
+struct Cut {
+  std::vector<int64_t> shape;  ///< of the whole
+  std::vector<int64_t> counts;
+};
+Cut cut_of(const char* op, const Tensor& whole, const Tensor& part, at::IntArrayRef sizes,
+           int64_t root, const comm::Identity& self) {
+  TORCH_CHECK_VALUE(root >= 0 && root < self.size, op, ": root ", root, " is not a rank of group ",
+                    self.name, ": expected 0 to ", self.size - 1);
+  check_sizes(op, sizes, self);
+  TORCH_CHECK_VALUE(part.dim() >= 1, op,
+                    ": a tensor without dimensions cannot be cut; pass t.view(1)");
+  TORCH_CHECK_VALUE(part.size(0) == sizes[self.rank], op, ": the dimension is ", part.size(0),
+                    " on rank ", self.rank, ", expected ", sizes[self.rank], " by the partition ",
+                    text_of(sizes), "; pass partition=Partition.from_sizes([...])");
+  Cut cut{part.sizes().vec(), {}};
+  cut.shape[0] = c10::sum_integers(sizes);
+  const int64_t inner = c10::multiply_integers(cut.shape.begin() + 1, cut.shape.end());
+  for (const int64_t n : sizes) cut.counts.push_back(n * inner);
+  if (root == self.rank) {
+    TORCH_CHECK_VALUE(whole.sizes().equals(cut.shape), op, ": the whole tensor has shape ",
+                      text_of(whole.sizes()), ", expected ", text_of(cut.shape));
+    TORCH_CHECK_TYPE(whole.scalar_type() == part.scalar_type(), op, ": the whole tensor is ",
+                     whole.scalar_type(), ", the parts ", part.scalar_type());
+  }
+  return cut;
+}
+
+void gather_into(const Tensor& t, const Tensor&, const Tensor& out, Sizes symbolic, int64_t dst,
+                 std::string_view group) {
+  const auto communicator = comm::find_communicator(group);
+  const at::IntArrayRef sizes = C10_AS_INTARRAYREF_SLOW(symbolic);
+  const Cut cut = cut_of("gather", out, t, sizes, dst, communicator->identity());
+  TORCH_CHECK_VALUE(out.is_contiguous(), "gather: out is not contiguous");
+  const Tensor in = t.contiguous();
+  const Signature signature{.op = OpCode::kGather,
+                            .dtype = dtype_of(t),
+                            .root = static_cast<int>(dst),
+                            .shape = cut.shape,
+                            .sizes = span_of(sizes)};
+  communicator->gather(signature, in.const_data_ptr(), out.mutable_data_ptr(), cut.counts, {});
+  bump_version(out);
+}
+
+void scatter_into(const Tensor& t, const Tensor&, const Tensor& out, Sizes symbolic, int64_t src,
+                  std::string_view group) {
+  const auto communicator = comm::find_communicator(group);
+  const at::IntArrayRef sizes = C10_AS_INTARRAYREF_SLOW(symbolic);
+  const Cut cut = cut_of("scatter", t, out, sizes, src, communicator->identity());
+  TORCH_CHECK_VALUE(out.is_contiguous(), "scatter: out is not contiguous");
+  const Tensor in = t.contiguous();
+  const Signature signature{.op = OpCode::kScatter,
+                            .dtype = dtype_of(out),
+                            .root = static_cast<int>(src),
+                            .shape = cut.shape,
+                            .sizes = span_of(sizes)};
+  communicator->scatter(signature, in.const_data_ptr(), out.mutable_data_ptr(), cut.counts, {});
+  bump_version(out);
+}
+
 Tensor make_empty_shared(at::IntArrayRef shape, at::ScalarType dtype, std::string_view group) {
   return empty_shared(*comm::find_communicator(group), shape, at::TensorOptions().dtype(dtype));
 }
@@ -146,6 +207,8 @@ TORCH_LIBRARY_IMPL(tp_native, CPU, m) {
   m.impl("broadcast", &broadcast);
   m.impl("all_gather", &all_gather);
   m.impl("reduce_scatter", &reduce_scatter);
+  m.impl("gather_into", &gather_into);
+  m.impl("scatter_into", &scatter_into);
 }
 
 TORCH_LIBRARY_IMPL(tp_native, CompositeExplicitAutograd, m) {

@@ -26,6 +26,7 @@ c10::SymInt sum(Sizes sizes) {
 
 void all_reduce_in_place(const Tensor&, const Tensor&, std::string_view, std::string_view) {}
 void broadcast_in_place(const Tensor&, const Tensor&, int64_t, std::string_view) {}
+void move_into(const Tensor&, const Tensor&, const Tensor&, Sizes, int64_t, std::string_view) {}
 Tensor all_reduce(const Tensor& t, const Tensor&, std::string_view, std::string_view) {
   return same(t);
 }
@@ -77,6 +78,8 @@ TORCH_LIBRARY_IMPL(tp_native, Meta, m) {
   m.impl("broadcast", &broadcast);
   m.impl("all_gather", &all_gather);
   m.impl("reduce_scatter", &reduce_scatter);
+  m.impl("gather_into", &move_into);
+  m.impl("scatter_into", &move_into);
   m.impl("row_parallel_linear", &parallel_linear);
   m.impl("column_parallel_linear", &parallel_linear);
   m.impl("vocab_parallel_embedding", &vocab_parallel_embedding);

@@ -18,6 +18,12 @@ TORCH_LIBRARY(tp_native, m) {
       "reduce_scatter(Tensor t, Tensor(a!) order, SymInt[] sizes, int dim, str op, str group) -> "
       "Tensor");
   m.def(
+      "gather_into(Tensor t, Tensor(a!) order, Tensor(b!) out, SymInt[] sizes, int dst, str group) "
+      "-> ()");
+  m.def(
+      "scatter_into(Tensor t, Tensor(a!) order, Tensor(b!) out, SymInt[] sizes, int src, str "
+      "group) -> ()");
+  m.def(
       "row_parallel_linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) order, SymInt[] "
       "sizes, str group) -> Tensor");
   m.def(

@@ -3,6 +3,7 @@
 from ._native import _C
 from .checkpoint.loader import DistributedCheckpointLoader, load_pretrained
 from .checkpoint.writer import CheckpointSaver, save_pretrained
+from .config import TensorParallelConfig, get_tensor_parallel_config
 from .errors import (
     CheckpointError,
     CollectiveMismatchError,
@@ -14,13 +15,11 @@ from .errors import (
 from .generate import generate
 from .group import (
     Group,
-    TensorParallelConfig,
     all_gather_tensor,
     all_reduce_sum,
     broadcast_tensor,
     copy_to_ranks,
     current_group,
-    get_tensor_parallel_config,
     init_tensor_parallel,
     reduce_scatter_sum,
     simulate,

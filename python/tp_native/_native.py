@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 
 import torch
 
@@ -28,5 +29,6 @@ if torch.__version__.split("+")[0].split(".")[:2] != _built:
         f"{torch.__version__}; {_REMEDY}"
     )
 _C.install(make_error, logging.getLogger("tp_native").warning)
+_C.arm_fault(os.environ.get("TP_NATIVE_FAULT", ""))  # tests: see csrc/core/fault.h
 
 __all__ = ["_C"]

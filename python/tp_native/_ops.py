@@ -58,6 +58,20 @@ def reduce_scatter(
     return cast(Tensor, _ops.reduce_scatter.default(t, order, sizes, dim, op, group))
 
 
+def gather_into(
+    t: Tensor, order: Tensor, out: Tensor, sizes: Sequence[int], dst: int, group: str
+) -> None:
+    """Concatenate along dimension 0 into rank ``dst``'s ``out``; no gradient."""
+    _ops.gather_into.default(t, order, out, sizes, dst, group)
+
+
+def scatter_into(
+    t: Tensor, order: Tensor, out: Tensor, sizes: Sequence[int], src: int, group: str
+) -> None:
+    """Fill ``out`` with this rank's part of dimension 0 of rank ``src``'s ``t``; no gradient."""
+    _ops.scatter_into.default(t, order, out, sizes, src, group)
+
+
 def row_parallel_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor, sizes: Sequence[int], group: str
 ) -> Tensor:

@@ -1,4 +1,4 @@
-"""The command line: ``tp-native generate | plan | doctor``.
+"""The command line: ``tp-native generate | plan | doctor | blame``.
 
 Exit status: 0 good, 1 the work failed, 2 bad arguments, 130 interrupted. Errors are one line on
 stderr, then what to do; set ``TP_NATIVE_DEBUG=1`` for the traceback.
@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import flight
 from .errors import TensorParallelError
 from .launch import follow_parent, launch
 
@@ -48,7 +49,7 @@ def _report(error: BaseException, status: int) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tp-native", description="One model, N ranks.")
-    commands = parser.add_subparsers(required=True, metavar="generate | plan | doctor")
+    commands = parser.add_subparsers(required=True, metavar="generate | plan | doctor | blame")
 
     generate = commands.add_parser("generate", help="continue a text on N ranks of this host")
     generate.set_defaults(run=_generate)
@@ -74,6 +75,11 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="show versions, backends and the machine")
     doctor.set_defaults(run=_doctor)
+
+    blame = commands.add_parser("blame", help="read a flight record: who made a group fail, where")
+    blame.set_defaults(run=_blame)
+    blame.add_argument("file", type=Path, help="the file that the error named")
+    blame.add_argument("--last", type=int, default=5, metavar="N", help="operations to show")
     return parser
 
 
@@ -370,6 +376,13 @@ def _doctor(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"{name:<{width}}  {value}")
+    return 0
+
+
+def _blame(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    if options.last < 0:
+        raise ValueError(f"--last {options.last}: expected 0 or more")
+    print(flight.explain(flight.read(options.file), options.last))
     return 0
 
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import atexit
 import contextvars
-import hashlib
 import itertools
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
@@ -17,61 +16,21 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from . import _ops
+from . import _ops, flight
 from ._native import _C
+from .config import (
+    TensorParallelConfig,
+    address_of,
+    flight_folder,
+    get_tensor_parallel_config,
+    job_address,
+    launcher_pid,
+)
 from .errors import TensorParallelError
 from .partition import Partition
 
 T = TypeVar("T")
-_CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class TensorParallelConfig:
-    """Who this process is, from torchrun's environment. Times are in seconds."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    local_world_size: int = 1
-    backend: str = "shm"
-    device: torch.device = _CPU
-    timeout_s: float = 600.0
-    init_timeout_s: float = 60.0
-    debug: bool = False
-
-
-def _env_int(name: str, default: int) -> int:
-    text = os.environ.get(name, "")
-    try:
-        return int(text) if text else default
-    except ValueError:
-        raise ValueError(
-            f"environment variable {name} is {text!r}, expected an integer; torchrun sets it"
-        ) from None
-
-
-def get_tensor_parallel_config() -> TensorParallelConfig:
-    """Read ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``LOCAL_WORLD_SIZE`` and ``TP_NATIVE_DEBUG``.
-
-    Raises: ValueError for a value that is no integer or does not fit the others.
-    """
-    world_size = _env_int("WORLD_SIZE", 1)
-    rank = _env_int("RANK", 0)
-    local_world_size = _env_int("LOCAL_WORLD_SIZE", world_size)
-    local_rank = _env_int("LOCAL_RANK", rank)
-    if world_size < 1 or not 0 <= rank < world_size:
-        raise ValueError(
-            f"RANK={rank} and WORLD_SIZE={world_size} do not fit: expected 0 <= RANK < WORLD_SIZE"
-        )
-    if not 0 <= local_rank < local_world_size <= world_size:
-        raise ValueError(
-            f"LOCAL_RANK={local_rank}, LOCAL_WORLD_SIZE={local_world_size}, "
-            f"WORLD_SIZE={world_size} do not fit: "
-            "expected 0 <= LOCAL_RANK < LOCAL_WORLD_SIZE <= WORLD_SIZE"
-        )
-    debug = os.environ.get("TP_NATIVE_DEBUG", "") not in ("", "0")
-    return TensorParallelConfig(rank, world_size, local_rank, local_world_size, debug=debug)
+_Make = Callable[[int, float], _C.Communicator]  # (generation proposed, init_timeout_s)
 
 
 class Group:
@@ -85,7 +44,14 @@ class Group:
     """
 
     def __init__(
-        self, config: TensorParallelConfig, communicator: _C.Communicator | None, name: str
+        self,
+        config: TensorParallelConfig,
+        communicator: _C.Communicator | None,
+        name: str,
+        *,
+        address: str = "",
+        make: _Make | None = None,
+        order: Tensor | None = None,
     ) -> None:
         self.config = config
         self.rank = config.rank
@@ -94,9 +60,12 @@ class Group:
         self.backend = config.backend
         self.name = name
         # one address for the group's life, the same in forward and backward: compiled graphs
-        # thread it through
-        self.order = torch.zeros(1, dtype=torch.int64)
+        # thread it through; groups that share ranks share it
+        self.order = torch.zeros(1, dtype=torch.int64) if order is None else order
         self._communicator = communicator
+        self._address = address  # where its ranks meet; groups made from it meet beside it
+        self._make = make
+        self._splits = 0
         self._generator: torch.Generator | None = None
         self._generator_seed: int | None = None
         self._is_closed = False
@@ -135,18 +104,68 @@ class Group:
         """
         return all_gather_tensor(t.detach(), dim, self, partition=partition)
 
-    def reduce_scatter(self, t: Tensor, dim: int = 0, partition: Partition | None = None) -> Tensor:
-        """Sum ``t`` over the ranks and return this rank's part of ``dim``, cut evenly or by
-        ``partition``.
+    def reduce_scatter(
+        self, t: Tensor, dim: int = 0, partition: Partition | None = None, *, op: str = "sum"
+    ) -> Tensor:
+        """Reduce ``t`` over the ranks and return this rank's part of ``dim``, cut evenly or by
+        ``partition``. ``op``: "sum", "avg", "max" or "min".
         """
-        return reduce_scatter_sum(t.detach(), dim, self, partition=partition)
+        if self.size == 1:
+            return t.detach().clone()
+        cut = partition if partition is not None else Partition.even(t.shape[dim], self.size)
+        return _ops.reduce_scatter(t.detach(), self.order, cut.sizes, dim, op, self.name)
+
+    def gather(
+        self, t: Tensor, dst: int = 0, dim: int = 0, partition: Partition | None = None
+    ) -> Tensor | None:
+        """Concatenate every rank's ``t`` along ``dim`` on rank ``dst``; None on the others.
+
+        ``partition``: unequal sizes of ``dim``. Any dtype.
+        """
+        self._check_rank("gather", "dst", dst)
+        if self.size == 1:
+            return t.detach().clone()
+        front = t.detach().movedim(dim, 0)
+        sizes = partition.sizes if partition is not None else (front.shape[0],) * self.size
+        rows = sum(sizes) if self.rank == dst else 0
+        whole = front.new_empty((rows, *front.shape[1:]))
+        _ops.gather_into(front, self.order, whole, sizes, dst, self.name)
+        return whole.movedim(0, dim) if self.rank == dst else None
+
+    def scatter(
+        self,
+        out: Tensor,
+        whole: Tensor | None = None,
+        src: int = 0,
+        dim: int = 0,
+        partition: Partition | None = None,
+    ) -> Tensor:
+        """Fill ``out`` with this rank's part of rank ``src``'s ``whole`` and return it.
+
+        ``whole`` is needed on ``src`` only and cut along ``dim``, evenly (then every ``out`` has
+        the same shape) or by ``partition``. Any dtype.
+        """
+        self._check_rank("scatter", "src", src)
+        if (self.rank == src) != (whole is not None):
+            raise ValueError(
+                f"scatter: rank {self.rank} {'needs' if whole is None else 'must not give'} the "
+                f"whole tensor: it is rank {src}'s"
+            )
+        if self.size == 1:
+            assert whole is not None
+            return out.copy_(whole)
+        part = out.detach().movedim(dim, 0)
+        sizes = partition.sizes if partition is not None else (part.shape[0],) * self.size
+        given = part.new_empty(0) if whole is None else whole.detach().movedim(dim, 0)
+        mine = part.contiguous()
+        _ops.scatter_into(given, self.order, mine, sizes, src, self.name)
+        if mine is not part:
+            part.copy_(mine)
+        return out
 
     def broadcast_(self, t: Tensor, src: int = 0) -> Tensor:
         """Overwrite ``t`` on all ranks with rank ``src``'s and return it. Any dtype."""
-        if not 0 <= src < self.size:
-            raise ValueError(
-                f"broadcast: src {src} is not a rank of {self!r}: expected 0 to {self.size - 1}"
-            )
+        self._check_rank("broadcast", "src", src)
         if self.size > 1:
             _ops.broadcast_(t, self.order, src, self.name)
         return t
@@ -160,6 +179,12 @@ class Group:
         if self._communicator is not None:
             self._communicator.barrier(timeout_s or 0.0)
 
+    def _check_rank(self, op: str, name: str, rank: int) -> None:
+        if not 0 <= rank < self.size:
+            raise ValueError(
+                f"{op}: {name} {rank} is not a rank of {self!r}: expected 0 to {self.size - 1}"
+            )
+
     def empty_shared(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """An uninitialised tensor in shared memory: collectives on it copy nothing."""
         if self.size == 1:
@@ -168,15 +193,21 @@ class Group:
 
     # -- life
 
-    def stats(self) -> dict[str, int]:
+    @property
+    def generation(self) -> int:
+        """How often a group with these ranks was made before: 0 for the first."""
+        return self._communicator.generation if self._communicator is not None else 0
+
+    def stats(self) -> dict[str, Any]:
         """Counts since the start: ``collectives``, ``bytes`` of this rank's payload, ``staged``
-        collectives (those that copied), ``arena_bytes_in_use`` and ``arena_bytes_peak``.
+        collectives (those that copied), ``arena_bytes_in_use`` and ``arena_bytes_peak``; and
+        ``late_share``, for each rank the part (0 to 1) of the time between the last collectives
+        that the others spent waiting for it.
         """
         if self._communicator is not None:
             return self._communicator.stats()
-        return dict.fromkeys(
-            ("collectives", "bytes", "staged", "arena_bytes_in_use", "arena_bytes_peak"), 0
-        )
+        counts = ("collectives", "bytes", "staged", "arena_bytes_in_use", "arena_bytes_peak")
+        return {**dict.fromkeys(counts, 0), "late_share": [0.0] * self.size}
 
     def op_log(self) -> list[tuple[int, str, str, int]]:
         """The last 1,024 operations of this rank: (seq, operation, dtype, signature's hash)."""
@@ -188,6 +219,62 @@ class Group:
         """
         if self._communicator is not None:
             self._communicator.abort(reason)
+
+    def split(self, color: int | None, key: int = 0) -> Group | None:
+        """Make a group of the ranks that give the same ``color``; None for ``color=None``.
+
+        Collective: every rank of this group calls it. Ranks of the new group are numbered by
+        ``(key, rank)``. Both groups stay usable, in an order that is the same on all ranks.
+        Source: MPI 4.1, MPI_Comm_split; ncclCommSplit.
+        """
+        mine = torch.tensor([-1 if color is None else color, key])
+        if color is not None and not 0 <= color < 2**31:
+            raise ValueError(f"split: color {color}, expected None or 0 to 2**31 - 1")
+        colors = self.all_gather(mine).view(-1, 2).tolist()
+        count, self._splits = self._splits, self._splits + 1
+        if color is None:
+            return None
+        members = sorted((k, rank) for rank, (c, k) in enumerate(colors) if c == color)
+        rank = [r for _, r in members].index(self.rank)
+        size = len(members)
+        base = f"{self.name}/{count}.{color}"
+        config = replace(
+            self.config, rank=rank, world_size=size, local_rank=rank, local_world_size=size
+        )
+        if size == 1:
+            return Group(config, None, base, order=self.order)
+        if self.backend == "local":
+            return _split_local(base, config, self.order)
+        if self.backend != "shm":
+            raise ValueError(
+                f"split: a group over {self.backend} cannot be split here; make the smaller "
+                "process group with torch.distributed.new_group and pass it"
+            )
+        return _make_group(config, base, address_of(self._address, base), self.order)
+
+    def renew(self, init_timeout_s: float | None = None) -> Self:
+        """Make the group anew after a failure, in fresh memory, without restarting this process.
+
+        Collective: every rank that still lives calls it, and a process started in place of a lost
+        one calls :func:`init_tensor_parallel`. The group keeps its identity, so that modules that
+        hold it go on; its ``generation`` is one higher on all ranks. What a late rank of the old
+        generation writes cannot reach the new one. Groups split from this one must be split again.
+        Raises: TensorParallelError naming the missing ranks after ``init_timeout_s``.
+        """
+        if self._make is None:
+            if self.size == 1:
+                return self
+            raise ValueError(f"renew: {self!r} cannot be made anew; only a shm group can")
+        if self._communicator is None:
+            raise TensorParallelError(f"renew: {self!r} is closed: call init_tensor_parallel()")
+        proposed = self._communicator.generation + 1
+        self._communicator.close()
+        _C.unregister(self.name)
+        communicator = self._make(proposed, init_timeout_s or self.config.init_timeout_s)
+        self._communicator, self.name, self._splits = communicator, communicator.name, 0
+        _C.register(self.name, communicator)
+        _process.next_generation = max(_process.next_generation, communicator.generation + 1)
+        return self
 
     def close(self) -> None:
         """Leave the group. Idempotent. Tensors stay valid; peers that still wait for this rank
@@ -230,11 +317,11 @@ class Group:
 
 
 class _Process:
-    """This process's group, and how many it has made."""
+    """This process's group, and the generation to propose for the next."""
 
     def __init__(self) -> None:
         self.group: Group | None = None
-        self.starts = itertools.count()
+        self.next_generation = 0
         self.alone = Group(TensorParallelConfig(), None, "tp:alone")
 
     def forget(self, group: Group) -> None:
@@ -267,38 +354,32 @@ def current_group(group: Group | None = None) -> Group:
     return group
 
 
-def _job_address(config: TensorParallelConfig, start: int) -> str:
-    """An abstract UNIX socket's name that all ranks of this start of this job derive alike."""
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if missing:
-        raise ValueError(
-            f"WORLD_SIZE is {config.world_size} but {' and '.join(missing)} is not set: "
-            "start the ranks with torchrun --nproc-per-node N script.py, or set both for all ranks"
-        )
-    names = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
-    parts = [os.environ.get(name, "") for name in names] + [str(os.getuid()), str(start)]
-    return "tp_native-" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:40]
-
-
 def _check_timeout(name: str, value: float) -> None:
     if not value > 0:
         raise ValueError(f"{name} is {value}, expected more than 0 seconds")
 
 
 def init_tensor_parallel(
-    backend: str = "auto", *, timeout_s: float = 600.0, init_timeout_s: float = 60.0
+    backend: str = "auto",
+    *,
+    timeout_s: float = 600.0,
+    init_timeout_s: float = 60.0,
+    frozen_timeout_s: float = 10.0,
 ) -> Group:
     """Join the other ranks and return the process's group; alone (no torchrun) a world of one.
 
     ``backend``: "auto" or "shm" (processes on one host). ``timeout_s``: how long a collective waits
-    for a living peer;
-    ``init_timeout_s``: how long to wait for all ranks to start. Called again before ``close()`` it
-    returns the same group.
+    for a living peer; ``init_timeout_s``: how long to wait for all ranks to start;
+    ``frozen_timeout_s``: how long a peer may give no sign of life (a stopped process; a busy one
+    does) before the group is given up, after a warning at 1.5 s. Called again before ``close()`` it
+    returns the same group. Called in a process that replaces a lost one, it joins the others'
+    :meth:`Group.renew`.
     Raises: TensorParallelError naming missing or duplicate ranks; ValueError for a bad environment
     or backend.
     """
     _check_timeout("timeout_s", timeout_s)
     _check_timeout("init_timeout_s", init_timeout_s)
+    _check_timeout("frozen_timeout_s", frozen_timeout_s)
     if backend not in ("auto", "shm", "nccl"):
         raise ValueError(
             f'backend {backend!r}: expected "auto", "shm" or "nccl"; thread ranks come from '
@@ -308,22 +389,15 @@ def init_tensor_parallel(
         raise ValueError('backend "nccl" is not part of this build: use "auto" or "shm" (CPU)')
     if _process.group is not None and _process.group._pid == os.getpid():
         return _process.group
-    env = get_tensor_parallel_config()
-    config = TensorParallelConfig(
-        env.rank,
-        env.world_size,
-        env.local_rank,
-        env.local_world_size,
-        "shm",
-        env.device,
-        timeout_s,
-        init_timeout_s,
-        env.debug,
+    config = replace(
+        get_tensor_parallel_config(),
+        timeout_s=timeout_s,
+        init_timeout_s=init_timeout_s,
+        frozen_timeout_s=frozen_timeout_s,
     )
-    start = next(_process.starts)
-    name = f"tp:{start}"
     if config.world_size == 1:
-        _process.group = Group(config, None, name)
+        _process.group = Group(config, None, f"tp:{_process.next_generation}")
+        _process.next_generation += 1
         return _process.group
     if config.local_world_size != config.world_size:
         raise ValueError(
@@ -331,14 +405,44 @@ def init_tensor_parallel(
             "version joins ranks of "
             "one host only; start them all here (torchrun --standalone --nproc-per-node N)"
         )
-    communicator = _C.make_shm(
-        name, _job_address(config, start), config.rank, config.world_size, timeout_s, init_timeout_s
-    )
-    _C.register(name, communicator)
+    if config.local_rank == 0:
+        flight.prune(flight_folder())
+    group = _make_group(config, "tp", job_address(config), generation=_process.next_generation)
+    _process.next_generation = group.generation + 1
     if "OMP_NUM_THREADS" not in os.environ:  # torchrun sets 1: its own or the user's choice stands
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.local_world_size))
-    _process.group = Group(config, communicator, name)
-    return _process.group
+    _process.group = group
+    return group
+
+
+def _make_group(
+    config: TensorParallelConfig,
+    base: str,
+    address: str,
+    order: Tensor | None = None,
+    generation: int = 0,
+) -> Group:
+    """A group over shared memory; ":" and the generation that its ranks agree on complete its
+    name.
+    """
+
+    def make(proposed: int, init_timeout_s: float) -> _C.Communicator:
+        return _C.make_shm(
+            name=base,
+            address=address,
+            rank=config.rank,
+            size=config.world_size,
+            generation=proposed,
+            timeout_s=config.timeout_s,
+            init_timeout_s=init_timeout_s,
+            frozen_timeout_s=config.frozen_timeout_s,
+            launcher_pid=launcher_pid(),
+            flight_folder=flight_folder(),
+        )
+
+    communicator = make(generation, config.init_timeout_s)
+    _C.register(communicator.name, communicator)
+    return Group(config, communicator, communicator.name, address=address, make=make, order=order)
 
 
 # -- collectives with gradients
@@ -365,11 +469,7 @@ def broadcast_tensor(t: Tensor, src_rank: int = 0, group: Group | None = None) -
     zero elsewhere.
     """
     g = current_group(group)
-    if not 0 <= src_rank < g.size:
-        raise ValueError(
-            f"broadcast_tensor: src_rank {src_rank} is not a rank of {g!r}: expected 0 to "
-            f"{g.size - 1}"
-        )
+    g._check_rank("broadcast_tensor", "src_rank", src_rank)
     return _ops.broadcast(t, g.order, src_rank, g.name) if g.size > 1 else t.clone()
 
 
@@ -413,6 +513,26 @@ def synchronize_across_ranks(group: Group | None = None, timeout_s: float | None
 # -- ranks as threads
 
 _simulations = itertools.count()
+_local_splits: dict[str, list[_C.Communicator | None]] = {}
+_local_splits_lock = threading.Lock()
+
+
+def _split_local(base: str, config: TensorParallelConfig, order: Tensor) -> Group:
+    """The thread rank's share of a group that the first of its ranks makes for all."""
+    parent, split = base.split("/", 1)
+    whole = f"{parent.split('@')[0]}/{split}"  # the same on all ranks
+    with _local_splits_lock:
+        made = _local_splits.get(whole)
+        if made is None:
+            made = list(_C.make_local(whole, config.world_size, config.timeout_s))
+            _local_splits[whole] = made
+        communicator, made[config.rank] = made[config.rank], None
+        if all(c is None for c in made):
+            del _local_splits[whole]
+    assert communicator is not None
+    group = Group(config, communicator, f"{whole}@{config.rank}", order=order)
+    _C.register(group.name, communicator)
+    return group
 
 
 def simulate(fn: Callable[..., T], world_size: int, *args: Any) -> list[T]:

@@ -56,7 +56,7 @@ int exit_status(pid_t pid) {
 
 std::shared_ptr<Communicator> join(const std::string& address, int rank, int size,
                                    double init_timeout_s = 10) {
-  return make_shm(Identity{rank, size, "test:0", "shm", 0, 20}, address, init_timeout_s);
+  return make_shm(Identity{rank, size, "test", "shm", 0, 20, {}}, {address, init_timeout_s});
 }
 
 size_t open_descriptors() {

@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "comm/flight.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <ctime>
+#include <filesystem>
+
+#include "core/unique.h"
+
+namespace tp_native::comm {
+namespace {
+
+uint64_t pack(const Signature& s) {
+  const auto byte = [](auto value) { return static_cast<uint64_t>(static_cast<uint8_t>(value)); };
+  const size_t dims = std::min<size_t>(s.shape.size(), kMaxDims);
+  return byte(s.op) | byte(s.dtype) << 8 | byte(s.reduce) << 16 | byte(s.root) << 24 |
+         byte(s.dim) << 32 | byte(dims) << 40;
+}
+
+FlightCopy copy(const FlightEntry& entry) {
+  constexpr auto kRelaxed = std::memory_order_relaxed;
+  FlightCopy out;
+  out.seq = entry.seq.load(std::memory_order_acquire);
+  const uint64_t code = entry.code.load(kRelaxed);
+  out.signature = entry.signature.load(kRelaxed);
+  out.bytes = entry.bytes.load(kRelaxed);
+  out.start = entry.start.load(kRelaxed);
+  out.end = entry.end.load(kRelaxed);
+  out.op = static_cast<OpCode>(code & 0xff);
+  out.dtype = static_cast<DType>(code >> 8 & 0xff);
+  out.reduce = static_cast<ReduceOp>(code >> 16 & 0xff);
+  out.root = static_cast<int8_t>(code >> 24 & 0xff);
+  out.dim = static_cast<int8_t>(code >> 32 & 0xff);
+  const size_t dims = std::min<size_t>(code >> 40 & 0xff, kMaxDims);
+  for (size_t i = 0; i < dims; ++i) out.shape.push_back(entry.shape[i].load(kRelaxed));
+  std::atomic_thread_fence(std::memory_order_acquire);
+  if (entry.seq.load(kRelaxed) != out.seq) out.seq = 0;  // its owner was faster
+  return out;
+}
+
+/// `text` as the inside of a JSON string.
+std::string escaped(const std::string& text) {
+  std::string out;
+  for (const char c : text) {
+    if (c == '"' || c == '\\') out += '\\';
+    if (static_cast<unsigned char>(c) < 0x20) {
+      out += ' ';
+    } else {
+      out += c;
+    }
+  }
+  return out;
+}
+
+const char* name(FailureKind kind) {
+  constexpr const char* kNames[] = {"error",   "peer_lost", "mismatch",
+                                    "timeout", "aborted",   "interrupted"};
+  return kNames[static_cast<size_t>(kind)];
+}
+
+/// "0.123456789", or "null" for an operation that has not ended.
+std::string seconds(uint64_t at, double period_s, uint64_t origin) {
+  if (at == 0) return "null";
+  char text[32];
+  std::snprintf(text, sizeof(text), "%.9f",
+                static_cast<double>(static_cast<int64_t>(at - origin)) * period_s);
+  return text;
+}
+
+void append(std::string& out, const FlightCopy& e, double period_s, uint64_t origin) {
+  out += concat("{\"seq\":", e.seq, ",\"op\":\"", comm::name(e.op), "\",\"dtype\":\"",
+                tp_native::name(e.dtype), "\",\"reduce\":\"", tp_native::name(e.reduce),
+                "\",\"root\":", e.root, ",\"dim\":", e.dim, ",\"shape\":[");
+  for (size_t i = 0; i < e.shape.size(); ++i) out += concat(i ? "," : "", e.shape[i]);
+  out += concat("],\"bytes\":", e.bytes, ",\"signature\":\"", std::hex, e.signature, std::dec,
+                "\",\"start_s\":", seconds(e.start, period_s, origin),
+                ",\"end_s\":", seconds(e.end, period_s, origin), "}");
+}
+
+std::string to_json(const Identity& identity, std::span<RankHeader* const> headers,
+                    FailureKind kind, int culprit, const std::string& text,
+                    const StampClock& clock) {
+  const uint64_t now = stamp();
+  const double period_s = clock.period_s();
+  char when[32];
+  const std::time_t wall = std::time(nullptr);
+  std::tm utc{};
+  ::gmtime_r(&wall, &utc);
+  (void)std::strftime(when, sizeof(when), "%Y-%m-%dT%H:%M:%SZ", &utc);
+  std::string out = concat("{\"format\":\"tp_native flight record\",\"version\":1,\"group\":\"",
+                           escaped(identity.name), "\",\"backend\":\"", identity.backend,
+                           "\",\"generation\":", identity.generation, ",\"size\":", identity.size,
+                           ",\"written\":\"", when, "\",\"reporter\":", identity.rank,
+                           ",\"failure\":{\"kind\":\"", name(kind), "\",\"culprit\":", culprit,
+                           ",\"text\":\"", escaped(text), "\"},\n\"ranks\":[");
+  for (int r = 0; r < identity.size; ++r) {
+    const RankHeader& header = *headers[static_cast<size_t>(r)];
+    const bool has_left =
+        header.state.load(std::memory_order_acquire) == static_cast<uint32_t>(RankState::kLeft);
+    out += concat(r ? ",\n" : "\n", "{\"rank\":", r, ",\"pid\":", header.pid,
+                  ",\"has_left\":", has_left ? "true" : "false",
+                  ",\"heartbeats\":", header.pulse.load(std::memory_order_relaxed),
+                  ",\"operations\":[");
+    bool is_first = true;
+    for (const FlightCopy& entry : all_flight(header)) {
+      out += is_first ? "\n" : ",\n";
+      is_first = false;
+      append(out, entry, period_s, now);  // seconds before the record: negative
+    }
+    out += "]}";
+  }
+  return out + "]}\n";
+}
+
+}  // namespace
+
+void begin_flight(RankHeader& header, uint64_t seq, const Signature& s, uint64_t hash,
+                  int64_t bytes, uint64_t start) {
+  constexpr auto kRelaxed = std::memory_order_relaxed;
+  FlightEntry& entry = header.flight[seq % kFlightEntries];
+  entry.signature.store(hash, kRelaxed);
+  entry.code.store(pack(s), kRelaxed);
+  entry.bytes.store(static_cast<uint64_t>(bytes), kRelaxed);
+  entry.start.store(start, kRelaxed);
+  entry.end.store(0, kRelaxed);
+  const size_t dims = std::min<size_t>(s.shape.size(), kMaxDims);
+  for (size_t i = 0; i < dims; ++i) entry.shape[i].store(s.shape[i], kRelaxed);
+  entry.seq.store(seq, std::memory_order_release);
+}
+
+FlightCopy copy_flight(const RankHeader& header, uint64_t seq) {
+  FlightCopy found = copy(header.flight[seq % kFlightEntries]);
+  if (found.seq != seq) found.seq = 0;
+  return found;
+}
+
+FlightCopy last_flight(const RankHeader& header) {
+  uint64_t last = 0;
+  for (const FlightEntry& entry : header.flight)
+    last = std::max(last, entry.seq.load(std::memory_order_relaxed));
+  return last == 0 ? FlightCopy{} : copy_flight(header, last);
+}
+
+std::vector<FlightCopy> all_flight(const RankHeader& header) {
+  std::vector<FlightCopy> entries;
+  for (const FlightEntry& entry : header.flight) {
+    if (FlightCopy found = copy(entry); found.seq != 0) entries.push_back(std::move(found));
+  }
+  std::ranges::sort(entries, {}, &FlightCopy::seq);
+  return entries;
+}
+
+Announcement announcement_of(const FlightCopy& e, uint64_t fingerprint) {
+  return {fingerprint,
+          static_cast<uint8_t>(e.op),
+          static_cast<uint8_t>(e.dtype),
+          static_cast<uint8_t>(e.reduce),
+          e.root,
+          e.dim,
+          e.shape};
+}
+
+std::string flight_path(const Identity& identity, const RankHeader& first) {
+  if (identity.flight_folder.empty()) return {};
+  char file[80];
+  std::snprintf(file, sizeof(file), "/flight-%016llx-%llu-%d.json",
+                static_cast<unsigned long long>(first.group),
+                static_cast<unsigned long long>(identity.generation), first.pid);
+  return identity.flight_folder + file;
+}
+
+void write_flight_record(const Identity& identity, std::span<RankHeader* const> headers,
+                         FailureKind kind, int culprit, const std::string& text,
+                         const StampClock& clock) noexcept {
+  try {
+    const std::string path = flight_path(identity, *headers[0]);
+    if (path.empty() || ::access(path.c_str(), F_OK) == 0) return;
+    const std::string json = to_json(identity, headers, kind, culprit, text, clock);
+    std::error_code ignored;
+    std::filesystem::create_directories(identity.flight_folder, ignored);
+    const std::string draft = concat(path, ".", ::getpid());  // readers see all of it or nothing
+    const Fd file(
+        ::open(draft.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC | O_NOFOLLOW, 0600));
+    if (!file) return;
+    size_t done = 0;
+    while (done < json.size()) {
+      const ssize_t n = ::write(file.get(), json.data() + done, json.size() - done);
+      if (n <= 0 && errno != EINTR) break;
+      done += n > 0 ? static_cast<size_t>(n) : 0;
+    }
+    if (done < json.size() || ::rename(draft.c_str(), path.c_str()) != 0) ::unlink(draft.c_str());
+  } catch (...) {  // the failure itself is what has to be told
+  }
+}
+
+}  // namespace tp_native::comm
