@@ -8,6 +8,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <fstream>
 
 #include "core/callbacks.h"
@@ -115,7 +116,8 @@ void PeerWatch::check_hearts(double now, double since_last_s) {
       continue;
     }
     const double still_s = now - heart.since_s;
-    if (still_s < kFrozenWarnSeconds || communicator_.has_left(r)) continue;
+    if (still_s < std::min(kFrozenWarnSeconds, frozen_timeout_s_) || communicator_.has_left(r))
+      continue;
     const auto text = [&] {
       return concat("rank ", r, " (pid ", roster_.members[r].pid, ") is frozen: no heartbeat for ",
                     static_cast<int>(still_s * 10) / 10.0, " s, process state ",
