@@ -10,9 +10,10 @@
 namespace tp_native::kernels {
 
 /// dst[d][i] = op over r = 0..sources-1, ascending, of src[r][i], plus bias[(first + i) % columns].
-/// 16-bit types accumulate in float32 and round once. Body and tail run the same code, so the
-/// result does not depend on alignment or on how a message was split: every rank gets the same
-/// bits. dst[d] may be src[r]; other overlaps are not allowed.
+/// 16-bit types accumulate in float32 and round once; a NaN comes out as the positive quiet one
+/// without payload. Body and tail run the same code, so the result does not depend on alignment, on
+/// the instruction set or on how a message was split: every rank gets the same bits. dst[d] may be
+/// src[r]; other overlaps are not allowed.
 struct Reduction {
   DType dtype = DType::kFloat32;
   ReduceOp op = ReduceOp::kSum;

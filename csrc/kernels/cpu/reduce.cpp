@@ -10,19 +10,12 @@
 namespace tp_native::kernels {
 namespace {
 
-struct Variant {
-  ReduceSegment run;
-  const char* isa;
-};
-
-Variant pick() {
-  if (const auto run = avx512_reduce()) return {run, "avx512"};
-  if (const auto run = avx2_reduce()) return {run, "avx2"};
-  return {&reduce_generic, "generic"};
-}
-
 const Variant& variant() {
-  static const Variant kVariant = pick();
+  static const Variant& kVariant = []() -> const Variant& {
+    if (const Variant* const avx512 = avx512_variant()) return *avx512;
+    if (const Variant* const avx2 = avx2_variant()) return *avx2;
+    return kGeneric;
+  }();
   return kVariant;
 }
 
@@ -34,14 +27,14 @@ bool can_reduce(DType dtype, ReduceOp) { return is_floating(dtype); }
 
 void reduce(const Reduction& r) {
   Segment segment{r.sources, r.src, r.targets, r.dst, 0, r.count, nullptr};
-  if (!r.bias || r.columns == 0) return variant().run(r.dtype, r.op, segment);
+  if (!r.bias || r.columns == 0) return variant().reduce(r.dtype, r.op, segment);
   const auto width = static_cast<int64_t>(item_bytes(r.dtype));
   for (int64_t done = 0; done < r.count; done += segment.count) {
     const int64_t column = (r.first + done) % r.columns;
     segment.offset = done;
     segment.count = std::min(r.count - done, r.columns - column);
     segment.bias = static_cast<const char*>(r.bias) + column * width;
-    variant().run(r.dtype, r.op, segment);
+    variant().reduce(r.dtype, r.op, segment);
   }
 }
 

@@ -3,6 +3,6 @@
 #include "kernels/cpu/reduce_variants.h"
 
 namespace tp_native::kernels {
-ReduceSegment avx2_reduce() { return nullptr; }
-ReduceSegment avx512_reduce() { return nullptr; }
+const Variant* avx2_variant() { return nullptr; }
+const Variant* avx512_variant() { return nullptr; }
 }  // namespace tp_native::kernels

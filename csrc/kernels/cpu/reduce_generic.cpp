@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Every dtype and operation in plain C++; also the reference of the SIMD variants.
+#include <limits>
+
 #include "core/error.h"
 #include "kernels/cpu/convert.h"
 #include "kernels/cpu/reduce_variants.h"
@@ -34,6 +36,7 @@ void run(const Segment& s) {
     }
     if constexpr (kOp == ReduceOp::kAvg) acc /= static_cast<decltype(acc)>(s.sources);
     if (s.bias) acc += widen(static_cast<const T*>(s.bias)[i - s.offset]);
+    if (acc != acc) acc = std::numeric_limits<decltype(acc)>::quiet_NaN();
     T out;
     narrow(acc, out);
     for (int d = 0; d < s.targets; ++d) static_cast<T*>(s.dst[d])[i] = out;
@@ -54,9 +57,7 @@ void run(ReduceOp op, const Segment& segment) {
   }
 }
 
-}  // namespace
-
-void reduce_generic(DType dtype, ReduceOp op, const Segment& segment) {
+void reduce_any(DType dtype, ReduceOp op, const Segment& segment) {
   switch (dtype) {
     case DType::kFloat32:
       return run<float>(op, segment);
@@ -70,5 +71,9 @@ void reduce_generic(DType dtype, ReduceOp op, const Segment& segment) {
       fail(concat("reduce: ", name(dtype), " is not supported: expected a floating dtype"));
   }
 }
+
+}  // namespace
+
+const Variant kGeneric{"generic", &reduce_any};
 
 }  // namespace tp_native::kernels

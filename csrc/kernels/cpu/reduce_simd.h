@@ -1,73 +1,182 @@
 // SPDX-License-Identifier: Apache-2.0
-// The vector loop, shared by the x86 variants. Included inside an anonymous namespace of a file
+// The vector loops, shared by the x86 variants. Included inside an anonymous namespace of a file
 // that defines `Lanes`, so that no symbol compiled for one instruction set can be picked for
-// another.
+// another. For the same reason nothing here calls an inline function from outside, std:: included.
 
-/// Sums one vector at element `i` of every source and stores it to every target.
-template <class T, int kSources>
-inline void step(const Segment& s, const T* bias, int64_t i) {
-  auto acc = Lanes::load(static_cast<const T*>(s.src[0]) + i);
-  const int sources = kSources ? kSources : s.sources;
-  for (int r = 1; r < sources; ++r) {
-    acc = Lanes::add(acc, Lanes::load(static_cast<const T*>(s.src[r]) + i));
-  }
-  if (bias) acc = Lanes::add(acc, Lanes::load(bias));
-  for (int d = 0; d < s.targets; ++d) Lanes::store(static_cast<T*>(s.dst[d]) + i, acc);
-}
+using Register = Lanes::Register;
 
-/// The last elements go through one padded vector: the same instructions as the body.
 template <class T>
-inline void tail(const Segment& s, const T* bias, int64_t i, int64_t left) {
-  constexpr int kWidth = Lanes::width<T>;
-  T zero[kWidth] = {};
-  T padded[kWidth] = {};
-  auto fill = [&](const T* from) {
-    for (int64_t k = 0; k < left; ++k) padded[k] = from[k];
-  };
-  fill(static_cast<const T*>(s.src[0]) + i);
-  auto acc = Lanes::load(padded);
-  for (int r = 1; r < s.sources; ++r) {
-    fill(static_cast<const T*>(s.src[r]) + i);
-    acc = Lanes::add(acc, Lanes::load(padded));
-  }
-  if (bias) {
-    fill(bias);
-    acc = Lanes::add(acc, Lanes::load(padded));
-  }
-  Lanes::store(zero, acc);
-  for (int d = 0; d < s.targets; ++d) {
-    for (int64_t k = 0; k < left; ++k) (static_cast<T*>(s.dst[d]) + i)[k] = zero[k];
+struct Vec {
+  typedef T type __attribute__((vector_size(sizeof(Register))));
+};
+
+/// What T is computed in.
+template <class T>
+struct Computed {
+  using type = T;
+};
+template <>
+struct Computed<BFloat16> {
+  using type = float;
+};
+template <>
+struct Computed<Float16> {
+  using type = float;
+};
+
+template <class T>
+constexpr int kBlock = sizeof(T) == 1 ? 64 : 32;  // elements
+
+/// A block of T as it lies in memory.
+template <class T>
+struct Packed {
+  static constexpr int kParts = kBlock<T> * sizeof(T) / sizeof(Register);
+  Register part[kParts];
+};
+
+/// A block to compute with. Those of 16-bit types are in the order that widening them leaves.
+template <class V>
+struct Wide {
+  static constexpr int kParts = kBlock<V> * sizeof(V) / sizeof(Register);
+  typename Vec<V>::type part[kParts];
+};
+
+template <class T>
+using WideOf = Wide<typename Computed<T>::type>;
+
+/// f(0), ..., f(kCount - 1), unrolled at every level of optimisation: blocks stay in registers.
+template <int kCount, int kFirst = 0, class F>
+inline void each(const F& f) {
+  if constexpr (kFirst < kCount) {
+    f(kFirst);
+    each<kCount, kFirst + 1>(f);
   }
 }
 
-template <class T, int kSources>
-void sum(const Segment& s) {
-  constexpr int kWidth = Lanes::width<T>;
-  const T* bias = static_cast<const T*>(s.bias);
+/// The block at `from`, or its first `left` elements and zeros.
+template <bool kWhole, class T>
+inline Packed<T> fetch(const T* from, int64_t left) {
+  Packed<T> x;
+  each<Packed<T>::kParts>([&](int k) {
+    const int64_t skipped = k * static_cast<int64_t>(sizeof(Register));
+    const char* const at = reinterpret_cast<const char*>(from) + skipped;
+    if constexpr (kWhole) {
+      x.part[k] = Lanes::load(at);
+    } else {
+      const int64_t bytes = left * static_cast<int64_t>(sizeof(T)) - skipped;
+      x.part[k] = bytes > 0 ? Lanes::load(at, bytes) : Register{};
+    }
+  });
+  return x;
+}
+
+template <bool kWhole, class T>
+inline void put(T* to, const Packed<T>& x, int64_t left) {
+  each<Packed<T>::kParts>([&](int k) {
+    const int64_t skipped = k * static_cast<int64_t>(sizeof(Register));
+    char* const at = reinterpret_cast<char*>(to) + skipped;
+    if constexpr (kWhole) {
+      Lanes::store(at, x.part[k]);
+    } else {
+      const int64_t bytes = left * static_cast<int64_t>(sizeof(T)) - skipped;
+      if (bytes > 0) Lanes::store(at, x.part[k], bytes);
+    }
+  });
+}
+
+template <class T>
+inline WideOf<T> widen(const Packed<T>& x) {
+  WideOf<T> wide;
+  if constexpr (sizeof(T) == sizeof(typename Computed<T>::type)) {
+    each<wide.kParts>([&](int k) { wide.part[k] = (decltype(wide.part[k] + 0))x.part[k]; });
+  } else {
+    Lanes::widen(T{}, x.part, wide.part);
+  }
+  return wide;
+}
+
+template <bool kWhole, class T>
+inline WideOf<T> fetch_wide(const T* from, int64_t left) {
+  if constexpr (kWhole && __is_same(T, Float16)) {
+    WideOf<T> wide;
+    Lanes::load(from, wide.part);
+    return wide;
+  } else {
+    return widen(fetch<kWhole>(from, left));
+  }
+}
+
+/// One NaN for all: which payload an addition keeps is the compiler's choice of operands.
+template <class V>
+inline void unify_nan(Wide<V>& x) {
+  if (Lanes::has_nan(x.part)) [[unlikely]] {
+    each<Wide<V>::kParts>([&](int k) {
+      const typename Vec<V>::type nan =
+          typename Vec<V>::type{} + static_cast<V>(__builtin_nanf(""));
+      x.part[k] = x.part[k] != x.part[k] ? nan : x.part[k];
+    });
+  }
+}
+
+/// Rounded to T.
+template <class T>
+inline Packed<T> narrow(WideOf<T> wide) {
+  unify_nan(wide);
+  Packed<T> x;
+  if constexpr (sizeof(T) == sizeof(typename Computed<T>::type)) {
+    each<Packed<T>::kParts>([&](int k) { x.part[k] = (Register)wide.part[k]; });
+  } else {
+    Lanes::narrow(T{}, wide.part, x.part);
+  }
+  return x;
+}
+
+template <ReduceOp kOp, class T>
+inline void combine(WideOf<T>& acc, const WideOf<T>& x) {
+  each<WideOf<T>::kParts>([&](int k) { acc.part[k] = acc.part[k] + x.part[k]; });
+}
+
+/// Blocks [i, i + left) of all sources into all targets; kSources = 0: any number.
+template <class T, ReduceOp kOp, int kSources, bool kWhole>
+[[gnu::always_inline]] inline void step(const Segment& s, int64_t i, int64_t left) {
+  const auto at = [&](const void* base) {
+    return fetch_wide<kWhole>(static_cast<const T*>(base) + i, left);
+  };
+  auto acc = at(s.src[0]);
+  const int sources = kSources ? kSources : s.sources;
+  for (int r = 1; r < sources; ++r) combine<kOp, T>(acc, at(s.src[r]));
+  if (s.bias) {
+    const T* const bias = static_cast<const T*>(s.bias) + (i - s.offset);
+    combine<ReduceOp::kSum, T>(acc, fetch_wide<kWhole>(bias, left));
+  }
+  const Packed<T> out = narrow<T>(acc);
+  for (int d = 0; d < s.targets; ++d) put<kWhole>(static_cast<T*>(s.dst[d]) + i, out, left);
+}
+
+template <class T, ReduceOp kOp, int kSources>
+void run(const Segment& s) {
   const int64_t end = s.offset + s.count;
   int64_t i = s.offset;
-  for (; i + kWidth <= end; i += kWidth) {
-    step<T, kSources>(s, bias ? bias + (i - s.offset) : nullptr, i);
-  }
-  if (i < end) tail<T>(s, bias ? bias + (i - s.offset) : nullptr, i, end - i);
+  for (; i + kBlock<T> <= end; i += kBlock<T>) step<T, kOp, kSources, true>(s, i, kBlock<T>);
+  if (i < end) step<T, kOp, 0, false>(s, i, end - i);
 }
 
 template <class T>
 void sum(const Segment& s) {
   switch (s.sources) {
     case 2:
-      return sum<T, 2>(s);
+      return run<T, ReduceOp::kSum, 2>(s);
     case 3:
-      return sum<T, 3>(s);
+      return run<T, ReduceOp::kSum, 3>(s);
     case 4:
-      return sum<T, 4>(s);
+      return run<T, ReduceOp::kSum, 4>(s);
     default:
-      return sum<T, 0>(s);
+      return run<T, ReduceOp::kSum, 0>(s);
   }
 }
 
-void sum_any(DType dtype, ReduceOp op, const Segment& segment) {
-  if (op != ReduceOp::kSum) return reduce_generic(dtype, op, segment);
+void reduce_any(DType dtype, ReduceOp op, const Segment& segment) {
+  if (op != ReduceOp::kSum) return kGeneric.reduce(dtype, op, segment);
   switch (dtype) {
     case DType::kFloat32:
       return sum<float>(segment);
@@ -78,6 +187,6 @@ void sum_any(DType dtype, ReduceOp op, const Segment& segment) {
     case DType::kBFloat16:
       return sum<BFloat16>(segment);
     default:
-      return reduce_generic(dtype, op, segment);
+      return kGeneric.reduce(dtype, op, segment);
   }
 }

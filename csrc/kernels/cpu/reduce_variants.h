@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// One function per instruction set; `bias` here is already aligned with src[.][0].
+// One table of functions per instruction set. All give the same bits.
 #pragma once
 
 #include <cstdint>
 
 #include "core/dtype.h"
+#include "kernels/reduce.h"
 
 namespace tp_native::kernels {
 
@@ -15,16 +16,19 @@ struct Segment {
   void* const* dst;
   int64_t offset;  ///< elements to skip in each src and dst
   int64_t count;
-  const void* bias;  ///< `count` values, or null
+  const void* bias;  ///< `count` values, or null: already aligned with src[.][offset]
 };
 
-using ReduceSegment = void (*)(DType, ReduceOp, const Segment&);
+struct Variant {
+  const char* isa;
+  void (*reduce)(DType, ReduceOp, const Segment&);
+};
 
-void reduce_generic(DType dtype, ReduceOp op, const Segment& segment);
+/// Plain C++, and the reference of the others.
+extern const Variant kGeneric;
 
-/// Null where the build's target or this CPU lacks them. Sums run vectorised, the rest as in
-/// reduce_generic.
-ReduceSegment avx2_reduce();
-ReduceSegment avx512_reduce();
+/// Null where the build's target or this CPU lacks them.
+const Variant* avx2_variant();
+const Variant* avx512_variant();
 
 }  // namespace tp_native::kernels
