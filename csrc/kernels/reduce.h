@@ -10,7 +10,8 @@
 namespace tp_native::kernels {
 
 /// dst[d][i] = op over r = 0..sources-1, ascending, of src[r][i], plus bias[(first + i) % columns].
-/// 16-bit types accumulate in float32 and round once; a NaN comes out as the positive quiet one
+/// 16-bit types accumulate in float32 and round once; max and min keep the first of equal zeros;
+/// avg divides the sum; a NaN among the sources wins and comes out as the positive quiet one
 /// without payload. Body and tail run the same code, so the result does not depend on alignment, on
 /// the instruction set or on how a message was split: every rank gets the same bits. dst[d] may be
 /// src[r]; other overlaps are not allowed.

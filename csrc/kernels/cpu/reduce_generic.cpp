@@ -22,7 +22,7 @@ void narrow(float x, Float16& out) { out = to_float16(x); }
 template <ReduceOp kOp, class Acc>
 Acc combine(Acc a, Acc b) {
   if constexpr (kOp == ReduceOp::kMax)
-    return (b > a || b != b) ? b : a;  // NaN wins, as in torch.max
+    return (b > a || b != b) ? b : a;  // NaN wins, as in torch.max; the first of equal zeros stays
   if constexpr (kOp == ReduceOp::kMin) return (b < a || b != b) ? b : a;
   return a + b;
 }

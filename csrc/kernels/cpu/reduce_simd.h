@@ -131,9 +131,21 @@ inline Packed<T> narrow(WideOf<T> wide) {
   return x;
 }
 
+/// The first of equal values stays, so that of zeros the lowest rank's sign; a NaN wins, first or
+/// not.
 template <ReduceOp kOp, class T>
 inline void combine(WideOf<T>& acc, const WideOf<T>& x) {
-  each<WideOf<T>::kParts>([&](int k) { acc.part[k] = acc.part[k] + x.part[k]; });
+  each<WideOf<T>::kParts>([&](int k) {
+    const auto a = acc.part[k];
+    const auto b = x.part[k];
+    if constexpr (kOp == ReduceOp::kMax) {
+      acc.part[k] = ((b > a) | (b != b)) ? b : a;
+    } else if constexpr (kOp == ReduceOp::kMin) {
+      acc.part[k] = ((b < a) | (b != b)) ? b : a;
+    } else {
+      acc.part[k] = a + b;
+    }
+  });
 }
 
 /// Blocks [i, i + left) of all sources into all targets; kSources = 0: any number.
@@ -145,6 +157,10 @@ template <class T, ReduceOp kOp, int kSources, bool kWhole>
   auto acc = at(s.src[0]);
   const int sources = kSources ? kSources : s.sources;
   for (int r = 1; r < sources; ++r) combine<kOp, T>(acc, at(s.src[r]));
+  if constexpr (kOp == ReduceOp::kAvg) {
+    const auto size = static_cast<typename Computed<T>::type>(s.sources);
+    each<decltype(acc)::kParts>([&](int k) { acc.part[k] = acc.part[k] / size; });
+  }
   if (s.bias) {
     const T* const bias = static_cast<const T*>(s.bias) + (i - s.offset);
     combine<ReduceOp::kSum, T>(acc, fetch_wide<kWhole>(bias, left));
@@ -175,17 +191,30 @@ void sum(const Segment& s) {
   }
 }
 
+template <class T>
+void reduce_floats(ReduceOp op, const Segment& s) {
+  switch (op) {
+    case ReduceOp::kSum:
+      return sum<T>(s);
+    case ReduceOp::kMax:
+      return run<T, ReduceOp::kMax, 0>(s);
+    case ReduceOp::kMin:
+      return run<T, ReduceOp::kMin, 0>(s);
+    case ReduceOp::kAvg:
+      return run<T, ReduceOp::kAvg, 0>(s);
+  }
+}
+
 void reduce_any(DType dtype, ReduceOp op, const Segment& segment) {
-  if (op != ReduceOp::kSum) return kGeneric.reduce(dtype, op, segment);
   switch (dtype) {
     case DType::kFloat32:
-      return sum<float>(segment);
+      return reduce_floats<float>(op, segment);
     case DType::kFloat64:
-      return sum<double>(segment);
+      return reduce_floats<double>(op, segment);
     case DType::kFloat16:
-      return sum<Float16>(segment);
+      return reduce_floats<Float16>(op, segment);
     case DType::kBFloat16:
-      return sum<BFloat16>(segment);
+      return reduce_floats<BFloat16>(op, segment);
     default:
       return kGeneric.reduce(dtype, op, segment);
   }
