@@ -12,9 +12,10 @@ namespace tp_native::kernels {
 /// dst[d][i] = op over r = 0..sources-1, ascending, of src[r][i], plus bias[(first + i) % columns].
 /// 16-bit types accumulate in float32 and round once; max and min keep the first of equal zeros;
 /// avg divides the sum; a NaN among the sources wins and comes out as the positive quiet one
-/// without payload. Body and tail run the same code, so the result does not depend on alignment, on
-/// the instruction set or on how a message was split: every rank gets the same bits. dst[d] may be
-/// src[r]; other overlaps are not allowed.
+/// without payload. Integers wrap; for bool sum and max are "or", min is "and", bytes other than 0
+/// count as true and come out as 1. Body and tail run the same code, so the result does not depend
+/// on alignment, on the instruction set or on how a message was split: every rank gets the same
+/// bits. dst[d] may be src[r]; other overlaps are not allowed.
 struct Reduction {
   DType dtype = DType::kFloat32;
   ReduceOp op = ReduceOp::kSum;
@@ -33,7 +34,7 @@ void reduce(const Reduction& reduction);
 /// "avx512", "avx2" or "generic": which code `reduce` runs here.
 const char* reduce_isa();
 
-/// Whether `reduce` knows this pair; integers and bool come with their own kernels.
+/// All but the avg of integers and bool.
 bool can_reduce(DType dtype, ReduceOp op);
 
 }  // namespace tp_native::kernels

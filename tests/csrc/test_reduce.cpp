@@ -18,7 +18,9 @@ using namespace tp_native::kernels;  // NOLINT
 
 namespace {
 
-constexpr DType kFloats[] = {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16};
+constexpr DType kDTypes[] = {DType::kFloat32, DType::kFloat64, DType::kFloat16, DType::kBFloat16,
+                             DType::kInt32,   DType::kInt64,   DType::kUInt8,   DType::kInt8,
+                             DType::kInt16,   DType::kBool};
 constexpr ReduceOp kOps[] = {ReduceOp::kSum, ReduceOp::kMax, ReduceOp::kMin, ReduceOp::kAvg};
 
 std::vector<const Variant*> variants() {
@@ -135,12 +137,51 @@ void expect_float(DType dtype, ReduceOp op, const std::vector<Bytes>& src, const
   encode(dtype, acc, out);
 }
 
+int64_t integer_at(DType dtype, const Bytes& bytes, int64_t i) {
+  switch (dtype) {
+    case DType::kInt64:
+      return at<int64_t>(bytes, i);
+    case DType::kInt32:
+      return at<int32_t>(bytes, i);
+    case DType::kInt16:
+      return at<int16_t>(bytes, i);
+    case DType::kInt8:
+      return at<int8_t>(bytes, i);
+    case DType::kUInt8:
+      return at<uint8_t>(bytes, i);
+    default:
+      return at<uint8_t>(bytes, i) != 0;
+  }
+}
+
+/// In 64 bits, of which the lower ones are kept.
+void expect_integer(DType dtype, ReduceOp op, const std::vector<Bytes>& src, const Bytes* bias,
+                    int64_t i, Bytes& out) {
+  int64_t acc = integer_at(dtype, src[0], i);
+  const auto add = [&](int64_t x) {
+    acc = dtype == DType::kBool
+              ? acc | x
+              : static_cast<int64_t>(static_cast<uint64_t>(acc) + static_cast<uint64_t>(x));
+  };
+  for (size_t r = 1; r < src.size(); ++r) {
+    const int64_t x = integer_at(dtype, src[r], i);
+    if (op == ReduceOp::kSum) add(x);
+    if (op == ReduceOp::kMax) acc = std::max(acc, x);
+    if (op == ReduceOp::kMin) acc = std::min(acc, x);
+  }
+  if (bias) add(integer_at(dtype, *bias, i));
+  if (item_bytes(dtype) == 8) return append(out, acc);
+  if (item_bytes(dtype) == 4) return append(out, static_cast<uint32_t>(acc));
+  if (item_bytes(dtype) == 2) return append(out, static_cast<uint16_t>(acc));
+  append(out, static_cast<uint8_t>(acc));
+}
+
 /// What the reduction of whole buffers gives; every element stands for itself.
 Bytes expected(DType dtype, ReduceOp op, const std::vector<Bytes>& src, const Bytes* bias,
                int64_t count) {
   Bytes out;
   for (int64_t i = 0; i < count; ++i) {
-    expect_float(dtype, op, src, bias, i, out);
+    (is_floating(dtype) ? expect_float : expect_integer)(dtype, op, src, bias, i, out);
   }
   return out;
 }
@@ -188,8 +229,9 @@ bool is_reducible(const Variant& variant, DType dtype, ReduceOp op, int sources,
 
 TEST(every_variant_gives_the_bits_of_the_oracle_and_stays_in_bounds) {
   for (const Variant* const variant : variants()) {
-    for (const DType dtype : kFloats) {
+    for (const DType dtype : kDTypes) {
       for (const ReduceOp op : kOps) {
+        if (!can_reduce(dtype, op)) continue;
         for (int sources = 1; sources <= 16; ++sources) {
           for (const bool with_bias : {false, true}) {
             CHECK(is_reducible(*variant, dtype, op, sources, with_bias));
@@ -198,6 +240,35 @@ TEST(every_variant_gives_the_bits_of_the_oracle_and_stays_in_bounds) {
       }
     }
   }
+}
+
+TEST(everything_can_be_reduced_but_the_avg_of_integers_and_bool) {
+  for (const DType dtype : kDTypes) {
+    for (const ReduceOp op : kOps) {
+      const bool is_integer = dtype > DType::kBFloat16;
+      CHECK_EQ(can_reduce(dtype, op), !(is_integer && op == ReduceOp::kAvg));
+    }
+  }
+  CHECK(!can_reduce(static_cast<DType>(10), ReduceOp::kSum));
+  CHECK(!can_reduce(DType::kFloat32, static_cast<ReduceOp>(4)));
+}
+
+TEST(integers_wrap_and_bool_comes_out_as_zero_or_one) {
+  const auto pair = [](DType dtype, ReduceOp op, auto a, auto b) {
+    const void* const src[] = {&a, &b};
+    decltype(a) out{};
+    void* const dst[] = {&out};
+    reduce({dtype, op, 2, src, 1, dst, 1});
+    return out;
+  };
+  CHECK_EQ(pair(DType::kInt32, ReduceOp::kSum, int32_t{INT32_MAX}, int32_t{1}), INT32_MIN);
+  CHECK_EQ(pair(DType::kInt64, ReduceOp::kSum, int64_t{INT64_MIN}, int64_t{-1}), INT64_MAX);
+  CHECK_EQ(int{pair(DType::kUInt8, ReduceOp::kSum, uint8_t{250}, uint8_t{10})}, 4);
+  CHECK_EQ(int{pair(DType::kUInt8, ReduceOp::kMax, uint8_t{250}, uint8_t{10})}, 250);
+  CHECK_EQ(int{pair(DType::kInt8, ReduceOp::kMax, int8_t{-6}, int8_t{10})}, 10);
+  CHECK_EQ(int{pair(DType::kBool, ReduceOp::kSum, uint8_t{4}, uint8_t{2})}, 1);
+  CHECK_EQ(int{pair(DType::kBool, ReduceOp::kMin, uint8_t{4}, uint8_t{2})}, 1);
+  CHECK_EQ(int{pair(DType::kBool, ReduceOp::kMin, uint8_t{4}, uint8_t{0})}, 0);
 }
 
 TEST(the_bias_repeats_every_row_wherever_a_slice_begins) {

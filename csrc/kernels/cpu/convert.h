@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// float16 and bfloat16 to and from float32 in plain C++: round to nearest even, as IEEE 754 and
-// torch do.
+// The dtypes that C++ lacks; float16 and bfloat16 to and from float32 in plain C++: round to
+// nearest even, as IEEE 754 and torch do.
 #pragma once
 
 #include <bit>
@@ -13,6 +13,9 @@ struct BFloat16 {
 };
 struct Float16 {
   uint16_t bits;
+};
+struct Bool {
+  uint8_t byte;  ///< 0 or, read, anything else; written, 0 or 1
 };
 
 inline float to_float(BFloat16 x) {

@@ -23,9 +23,13 @@ const Variant& variant() {
 
 const char* reduce_isa() { return variant().isa; }
 
-bool can_reduce(DType dtype, ReduceOp) { return is_floating(dtype); }
+bool can_reduce(DType dtype, ReduceOp op) {
+  if (dtype > DType::kBool || op > ReduceOp::kAvg) return false;
+  return op != ReduceOp::kAvg || is_floating(dtype);
+}
 
 void reduce(const Reduction& r) {
+  TPN_CHECK(can_reduce(r.dtype, r.op), "reduce: ", name(r.dtype), " has no ", name(r.op));
   Segment segment{r.sources, r.src, r.targets, r.dst, 0, r.count, nullptr};
   if (!r.bias || r.columns == 0) return variant().reduce(r.dtype, r.op, segment);
   const auto width = static_cast<int64_t>(item_bytes(r.dtype));

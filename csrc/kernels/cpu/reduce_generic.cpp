@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Every dtype and operation in plain C++; also the reference of the SIMD variants.
+#include <concepts>
 #include <limits>
+#include <type_traits>
 
 #include "core/error.h"
 #include "kernels/cpu/convert.h"
@@ -19,12 +21,36 @@ void narrow(double x, double& out) { out = x; }
 void narrow(float x, BFloat16& out) { out = to_bfloat16(x); }
 void narrow(float x, Float16& out) { out = to_float16(x); }
 
+bool widen(Bool x) { return x.byte != 0; }
+void narrow(bool x, Bool& out) { out.byte = x ? 1 : 0; }
+template <std::integral T>
+T widen(T x) {
+  return x;
+}
+template <std::integral T>
+void narrow(T x, T& out) {
+  out = x;
+}
+
+template <class Acc>
+Acc plus(Acc a, Acc b) {
+  if constexpr (std::same_as<Acc, bool>) {
+    return a || b;
+  } else if constexpr (std::integral<Acc>) {  // wraps, as torch does
+    using Unsigned = std::make_unsigned_t<Acc>;
+    return static_cast<Acc>(
+        static_cast<Unsigned>(static_cast<Unsigned>(a) + static_cast<Unsigned>(b)));
+  } else {
+    return a + b;
+  }
+}
+
 template <ReduceOp kOp, class Acc>
 Acc combine(Acc a, Acc b) {
   if constexpr (kOp == ReduceOp::kMax)
     return (b > a || b != b) ? b : a;  // NaN wins, as in torch.max; the first of equal zeros stays
   if constexpr (kOp == ReduceOp::kMin) return (b < a || b != b) ? b : a;
-  return a + b;
+  return plus(a, b);
 }
 
 template <ReduceOp kOp, class T>
@@ -35,7 +61,7 @@ void run(const Segment& s) {
       acc = combine<kOp>(acc, widen(static_cast<const T*>(s.src[r])[i]));
     }
     if constexpr (kOp == ReduceOp::kAvg) acc /= static_cast<decltype(acc)>(s.sources);
-    if (s.bias) acc += widen(static_cast<const T*>(s.bias)[i - s.offset]);
+    if (s.bias) acc = plus(acc, widen(static_cast<const T*>(s.bias)[i - s.offset]));
     if (acc != acc) acc = std::numeric_limits<decltype(acc)>::quiet_NaN();
     T out;
     narrow(acc, out);
@@ -53,7 +79,8 @@ void run(ReduceOp op, const Segment& segment) {
     case ReduceOp::kMin:
       return run<ReduceOp::kMin, T>(segment);
     case ReduceOp::kAvg:
-      return run<ReduceOp::kAvg, T>(segment);
+      if constexpr (!std::integral<decltype(widen(T{}))>) return run<ReduceOp::kAvg, T>(segment);
+      fail("reduce: avg needs a floating dtype");
   }
 }
 
@@ -67,8 +94,18 @@ void reduce_any(DType dtype, ReduceOp op, const Segment& segment) {
       return run<Float16>(op, segment);
     case DType::kBFloat16:
       return run<BFloat16>(op, segment);
-    default:
-      fail(concat("reduce: ", name(dtype), " is not supported: expected a floating dtype"));
+    case DType::kInt32:
+      return run<int32_t>(op, segment);
+    case DType::kInt64:
+      return run<int64_t>(op, segment);
+    case DType::kInt16:
+      return run<int16_t>(op, segment);
+    case DType::kInt8:
+      return run<int8_t>(op, segment);
+    case DType::kUInt8:
+      return run<uint8_t>(op, segment);
+    case DType::kBool:
+      return run<Bool>(op, segment);
   }
 }
 

@@ -23,9 +23,16 @@ template <>
 struct Computed<Float16> {
   using type = float;
 };
+template <>
+struct Computed<Bool> {
+  using type = uint8_t;
+};
 
 template <class T>
 constexpr int kBlock = sizeof(T) == 1 ? 64 : 32;  // elements
+
+template <class T>
+constexpr bool kIsInteger = static_cast<T>(0.5) == 0;
 
 /// A block of T as it lies in memory.
 template <class T>
@@ -46,7 +53,7 @@ using WideOf = Wide<typename Computed<T>::type>;
 
 /// f(0), ..., f(kCount - 1), unrolled at every level of optimisation: blocks stay in registers.
 template <int kCount, int kFirst = 0, class F>
-inline void each(const F& f) {
+[[gnu::always_inline]] inline void each(const F& f) {
   if constexpr (kFirst < kCount) {
     f(kFirst);
     each<kCount, kFirst + 1>(f);
@@ -121,14 +128,38 @@ inline void unify_nan(Wide<V>& x) {
 /// Rounded to T.
 template <class T>
 inline Packed<T> narrow(WideOf<T> wide) {
-  unify_nan(wide);
+  using V = typename Computed<T>::type;
+  if constexpr (!kIsInteger<V>) unify_nan(wide);
+  if constexpr (__is_same(T, Bool)) {
+    each<wide.kParts>([&](int k) {
+      wide.part[k] = wide.part[k] > V{1} ? typename Vec<V>::type{} + V{1} : wide.part[k];
+    });
+  }
   Packed<T> x;
-  if constexpr (sizeof(T) == sizeof(typename Computed<T>::type)) {
+  if constexpr (sizeof(T) == sizeof(V)) {
     each<Packed<T>::kParts>([&](int k) { x.part[k] = (Register)wide.part[k]; });
   } else {
     Lanes::narrow(T{}, wide.part, x.part);
   }
   return x;
+}
+
+template <class V>
+inline V plus(V a, V b) {
+  return a + b;
+}
+// signed overflow wraps, as unsigned does
+inline Vec<int8_t>::type plus(Vec<int8_t>::type a, Vec<int8_t>::type b) {
+  return (Vec<int8_t>::type)((Vec<uint8_t>::type)a + (Vec<uint8_t>::type)b);
+}
+inline Vec<int16_t>::type plus(Vec<int16_t>::type a, Vec<int16_t>::type b) {
+  return (Vec<int16_t>::type)((Vec<uint16_t>::type)a + (Vec<uint16_t>::type)b);
+}
+inline Vec<int32_t>::type plus(Vec<int32_t>::type a, Vec<int32_t>::type b) {
+  return (Vec<int32_t>::type)((Vec<uint32_t>::type)a + (Vec<uint32_t>::type)b);
+}
+inline Vec<int64_t>::type plus(Vec<int64_t>::type a, Vec<int64_t>::type b) {
+  return (Vec<int64_t>::type)((Vec<uint64_t>::type)a + (Vec<uint64_t>::type)b);
 }
 
 /// The first of equal values stays, so that of zeros the lowest rank's sign; a NaN wins, first or
@@ -138,12 +169,14 @@ inline void combine(WideOf<T>& acc, const WideOf<T>& x) {
   each<WideOf<T>::kParts>([&](int k) {
     const auto a = acc.part[k];
     const auto b = x.part[k];
-    if constexpr (kOp == ReduceOp::kMax) {
+    if constexpr (__is_same(T, Bool)) {  // true is any byte but 0
+      acc.part[k] = (kOp == ReduceOp::kMin ? b < a : b > a) ? b : a;
+    } else if constexpr (kOp == ReduceOp::kMax) {
       acc.part[k] = ((b > a) | (b != b)) ? b : a;
     } else if constexpr (kOp == ReduceOp::kMin) {
       acc.part[k] = ((b < a) | (b != b)) ? b : a;
     } else {
-      acc.part[k] = a + b;
+      acc.part[k] = plus(a, b);
     }
   });
 }
@@ -205,6 +238,18 @@ void reduce_floats(ReduceOp op, const Segment& s) {
   }
 }
 
+template <class T>
+void reduce_integers(ReduceOp op, const Segment& s) {
+  switch (op) {
+    case ReduceOp::kMax:
+      return run<T, ReduceOp::kMax, 0>(s);
+    case ReduceOp::kMin:
+      return run<T, ReduceOp::kMin, 0>(s);
+    default:
+      return run<T, ReduceOp::kSum, 0>(s);
+  }
+}
+
 void reduce_any(DType dtype, ReduceOp op, const Segment& segment) {
   switch (dtype) {
     case DType::kFloat32:
@@ -215,7 +260,17 @@ void reduce_any(DType dtype, ReduceOp op, const Segment& segment) {
       return reduce_floats<Float16>(op, segment);
     case DType::kBFloat16:
       return reduce_floats<BFloat16>(op, segment);
-    default:
-      return kGeneric.reduce(dtype, op, segment);
+    case DType::kInt32:
+      return reduce_integers<int32_t>(op, segment);
+    case DType::kInt64:
+      return reduce_integers<int64_t>(op, segment);
+    case DType::kInt16:
+      return reduce_integers<int16_t>(op, segment);
+    case DType::kInt8:
+      return reduce_integers<int8_t>(op, segment);
+    case DType::kUInt8:
+      return reduce_integers<uint8_t>(op, segment);
+    case DType::kBool:
+      return reduce_integers<Bool>(op, segment);
   }
 }
