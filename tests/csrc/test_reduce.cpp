@@ -128,12 +128,19 @@ double combined(DType dtype, ReduceOp op, double acc, double x) {
 }
 
 void expect_float(DType dtype, ReduceOp op, const std::vector<Bytes>& src, const Bytes* bias,
-                  int64_t i, Bytes& out) {
+                  const Bytes* residual, int64_t i, Bytes& out) {
   double acc = decode(dtype, src[0], i);
   for (size_t r = 1; r < src.size(); ++r) acc = combined(dtype, op, acc, decode(dtype, src[r], i));
   if (op == ReduceOp::kAvg) acc /= static_cast<double>(src.size());
   if (dtype != DType::kFloat64) acc = static_cast<float>(acc);
   if (bias) acc = combined(dtype, ReduceOp::kSum, acc, decode(dtype, *bias, i));
+  Bytes stored;
+  encode(dtype, acc, stored);
+  if (!residual) {
+    out.insert(out.end(), stored.begin(), stored.end());
+    return;
+  }
+  acc = combined(dtype, ReduceOp::kSum, decode(dtype, stored, 0), decode(dtype, *residual, i));
   encode(dtype, acc, out);
 }
 
@@ -156,7 +163,7 @@ int64_t integer_at(DType dtype, const Bytes& bytes, int64_t i) {
 
 /// In 64 bits, of which the lower ones are kept.
 void expect_integer(DType dtype, ReduceOp op, const std::vector<Bytes>& src, const Bytes* bias,
-                    int64_t i, Bytes& out) {
+                    const Bytes* residual, int64_t i, Bytes& out) {
   int64_t acc = integer_at(dtype, src[0], i);
   const auto add = [&](int64_t x) {
     acc = dtype == DType::kBool
@@ -170,6 +177,7 @@ void expect_integer(DType dtype, ReduceOp op, const std::vector<Bytes>& src, con
     if (op == ReduceOp::kMin) acc = std::min(acc, x);
   }
   if (bias) add(integer_at(dtype, *bias, i));
+  if (residual) add(integer_at(dtype, *residual, i));
   if (item_bytes(dtype) == 8) return append(out, acc);
   if (item_bytes(dtype) == 4) return append(out, static_cast<uint32_t>(acc));
   if (item_bytes(dtype) == 2) return append(out, static_cast<uint16_t>(acc));
@@ -178,15 +186,16 @@ void expect_integer(DType dtype, ReduceOp op, const std::vector<Bytes>& src, con
 
 /// What the reduction of whole buffers gives; every element stands for itself.
 Bytes expected(DType dtype, ReduceOp op, const std::vector<Bytes>& src, const Bytes* bias,
-               int64_t count) {
+               const Bytes* residual, int64_t count) {
   Bytes out;
   for (int64_t i = 0; i < count; ++i) {
-    (is_floating(dtype) ? expect_float : expect_integer)(dtype, op, src, bias, i, out);
+    (is_floating(dtype) ? expect_float : expect_integer)(dtype, op, src, bias, residual, i, out);
   }
   return out;
 }
 
-bool is_reducible(const Variant& variant, DType dtype, ReduceOp op, int sources, bool with_bias) {
+bool is_reducible(const Variant& variant, DType dtype, ReduceOp op, int sources, bool with_bias,
+                  bool with_residual) {
   constexpr int64_t kCount = 160;
   const auto width = static_cast<int64_t>(item_bytes(dtype));
   std::vector<Bytes> src;
@@ -194,7 +203,9 @@ bool is_reducible(const Variant& variant, DType dtype, ReduceOp op, int sources,
     src.push_back(random_values(dtype, kCount, static_cast<unsigned>(r + 1)));
   }
   const Bytes bias = random_values(dtype, kCount, 99);
-  const Bytes right = expected(dtype, op, src, with_bias ? &bias : nullptr, kCount);
+  const Bytes residual = random_values(dtype, kCount, 98);
+  const Bytes right = expected(dtype, op, src, with_bias ? &bias : nullptr,
+                               with_residual ? &residual : nullptr, kCount);
   for (const int64_t count : {0, 1, 3, 8, 15, 31, 32, 33, 63, 64, 65, 96, 127, 130}) {
     for (const int64_t shift : {0, 1, 29}) {
       const int targets = static_cast<int>(count + shift) % 4 + 1;
@@ -208,7 +219,8 @@ bool is_reducible(const Variant& variant, DType dtype, ReduceOp op, int sources,
       from.back() = to[0];
       variant.reduce(dtype, op,
                      {sources, from.data(), targets, to.data(), shift, count,
-                      with_bias ? bias.data() + shift * width : nullptr});
+                      with_bias ? bias.data() + shift * width : nullptr,
+                      with_residual ? residual.data() : nullptr});
       const Bytes untouched(src[0].size(), '\x55');
       for (int d = 0; d < targets; ++d) {
         Bytes whole = d == 0 ? src.back() : untouched;
@@ -234,7 +246,7 @@ TEST(every_variant_gives_the_bits_of_the_oracle_and_stays_in_bounds) {
         if (!can_reduce(dtype, op)) continue;
         for (int sources = 1; sources <= 16; ++sources) {
           for (const bool with_bias : {false, true}) {
-            CHECK(is_reducible(*variant, dtype, op, sources, with_bias));
+            CHECK(is_reducible(*variant, dtype, op, sources, with_bias, sources % 3 == 1));
           }
         }
       }
@@ -286,6 +298,24 @@ TEST(the_bias_repeats_every_row_wherever_a_slice_begins) {
     for (int64_t i = 0; i < kCount; ++i) {
       CHECK_EQ(out[i], i < first ? -1.0f : static_cast<float>(i % kColumns));
     }
+  }
+}
+
+TEST(a_residual_joins_after_rounding_where_the_slice_begins) {
+  // 256 + 1 rounds to 256 in bfloat16, and then + 1 to 256 again; in one rounding it is 258
+  const BFloat16 one = to_bfloat16(1.0f);
+  const std::vector<BFloat16> a(70, to_bfloat16(256.0f));
+  const std::vector<BFloat16> b(70, one);
+  std::vector<BFloat16> residual(75, to_bfloat16(1024.0f));
+  std::fill(residual.begin() + 5, residual.end(), one);
+  std::vector<BFloat16> out(70);
+  const void* const src[] = {a.data(), b.data()};
+  void* const dst[] = {out.data()};
+  for (const bool with_bias : {false, true}) {
+    const std::vector<BFloat16> bias(7, to_bfloat16(0.0f));
+    reduce({DType::kBFloat16, ReduceOp::kSum, 2, src, 1, dst, 70, with_bias ? bias.data() : nullptr,
+            7, 5, residual.data()});
+    for (const BFloat16 x : out) CHECK_EQ(to_float(x), 256.0f);
   }
 }
 

@@ -83,8 +83,9 @@ struct Lanes {
 };
 
 #include "kernels/cpu/reduce_simd.h"
+#include "kernels/cpu/rms_norm_simd.h"
 
-constexpr Variant kAvx2{"avx2", &reduce_any};
+constexpr Variant kAvx2{"avx2", &reduce_any, &rms_norm_any};
 
 }  // namespace
 

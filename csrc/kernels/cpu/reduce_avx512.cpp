@@ -70,8 +70,9 @@ struct Lanes {
 };
 
 #include "kernels/cpu/reduce_simd.h"
+#include "kernels/cpu/rms_norm_simd.h"
 
-constexpr Variant kAvx512{"avx512", &reduce_any};
+constexpr Variant kAvx512{"avx512", &reduce_any, &rms_norm_any};
 
 }  // namespace
 

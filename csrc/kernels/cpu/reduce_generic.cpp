@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Every dtype and operation in plain C++; also the reference of the SIMD variants.
+#include <cmath>
 #include <concepts>
 #include <limits>
 #include <type_traits>
@@ -53,6 +54,14 @@ Acc combine(Acc a, Acc b) {
   return plus(a, b);
 }
 
+template <class T, class Acc>
+T rounded(Acc x) {
+  if (x != x) x = std::numeric_limits<Acc>::quiet_NaN();
+  T out;
+  narrow(x, out);
+  return out;
+}
+
 template <ReduceOp kOp, class T>
 void run(const Segment& s) {
   for (int64_t i = s.offset; i < s.offset + s.count; ++i) {
@@ -62,9 +71,11 @@ void run(const Segment& s) {
     }
     if constexpr (kOp == ReduceOp::kAvg) acc /= static_cast<decltype(acc)>(s.sources);
     if (s.bias) acc = plus(acc, widen(static_cast<const T*>(s.bias)[i - s.offset]));
-    if (acc != acc) acc = std::numeric_limits<decltype(acc)>::quiet_NaN();
-    T out;
-    narrow(acc, out);
+    T out = rounded<T>(acc);
+    if (s.residual) {
+      const T* const residual = static_cast<const T*>(s.residual);
+      out = rounded<T>(plus(widen(out), widen(residual[i])));
+    }
     for (int d = 0; d < s.targets; ++d) static_cast<T*>(s.dst[d])[i] = out;
   }
 }
@@ -109,8 +120,60 @@ void reduce_any(DType dtype, ReduceOp op, const Segment& segment) {
   }
 }
 
+template <class T>
+void rms_norm_rows(const RowReduction& r) {
+  using V = decltype(widen(T{}));
+  const T* const weight = static_cast<const T*>(r.norm_weight);
+  for (int64_t row = 0; row < r.rows; ++row) {
+    const int64_t begin = row * r.columns;
+    // without `hidden`, h lies where the result will
+    void* const* const hidden = r.hidden ? r.hidden : r.normed;
+    run<ReduceOp::kSum, T>(
+        {r.sources, r.src, r.hidden ? r.targets : 1, hidden, begin, r.columns, r.bias, r.residual});
+    const T* const h = static_cast<const T*>(hidden[0]) + begin;
+    V sums[kPartialSums] = {};
+    for (int64_t c = 0; c < r.columns; ++c) {
+      const V x = widen(h[c]);
+      sums[c % kPartialSums] += x * x;
+    }
+    const V scale = rms_scale(sums, r.columns, r.eps);
+    for (int64_t c = 0; c < r.columns; ++c) {
+      const T out = rounded<T>(widen(rounded<T>(widen(h[c]) * scale)) * widen(weight[c]));
+      for (int d = 0; d < r.targets; ++d) static_cast<T*>(r.normed[d])[begin + c] = out;
+    }
+  }
+}
+
+void rms_norm_any(const RowReduction& r) {
+  switch (r.dtype) {
+    case DType::kFloat32:
+      return rms_norm_rows<float>(r);
+    case DType::kFloat64:
+      return rms_norm_rows<double>(r);
+    case DType::kFloat16:
+      return rms_norm_rows<Float16>(r);
+    default:
+      return rms_norm_rows<BFloat16>(r);
+  }
+}
+
+template <class V>
+V scale_of(V (&sums)[kPartialSums], int64_t columns, double eps) {
+  for (int half = kPartialSums / 2; half > 0; half /= 2) {
+    for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
+  }
+  return 1 / std::sqrt(sums[0] / static_cast<V>(columns) + static_cast<V>(eps));
+}
+
 }  // namespace
 
-const Variant kGeneric{"generic", &reduce_any};
+float rms_scale(float (&sums)[kPartialSums], int64_t columns, double eps) {
+  return scale_of(sums, columns, eps);
+}
+double rms_scale(double (&sums)[kPartialSums], int64_t columns, double eps) {
+  return scale_of(sums, columns, eps);
+}
+
+const Variant kGeneric{"generic", &reduce_any, &rms_norm_any};
 
 }  // namespace tp_native::kernels

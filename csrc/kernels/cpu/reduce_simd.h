@@ -181,25 +181,39 @@ inline void combine(WideOf<T>& acc, const WideOf<T>& x) {
   });
 }
 
-/// Blocks [i, i + left) of all sources into all targets; kSources = 0: any number.
+/// Blocks [i, i + left) of all sources with bias and residual; kSources = 0: any number.
 template <class T, ReduceOp kOp, int kSources, bool kWhole>
-[[gnu::always_inline]] inline void step(const Segment& s, int64_t i, int64_t left) {
-  const auto at = [&](const void* base) {
-    return fetch_wide<kWhole>(static_cast<const T*>(base) + i, left);
+[[gnu::always_inline]] inline Packed<T> reduced(const Segment& s, int64_t i, int64_t left) {
+  const auto at = [&](const void* base, int64_t index) {
+    return fetch_wide<kWhole>(static_cast<const T*>(base) + index, left);
   };
-  auto acc = at(s.src[0]);
+  auto acc = at(s.src[0], i);
   const int sources = kSources ? kSources : s.sources;
-  for (int r = 1; r < sources; ++r) combine<kOp, T>(acc, at(s.src[r]));
+  for (int r = 1; r < sources; ++r) combine<kOp, T>(acc, at(s.src[r], i));
   if constexpr (kOp == ReduceOp::kAvg) {
     const auto size = static_cast<typename Computed<T>::type>(s.sources);
     each<decltype(acc)::kParts>([&](int k) { acc.part[k] = acc.part[k] / size; });
   }
-  if (s.bias) {
-    const T* const bias = static_cast<const T*>(s.bias) + (i - s.offset);
-    combine<ReduceOp::kSum, T>(acc, fetch_wide<kWhole>(bias, left));
+  if (s.bias) combine<ReduceOp::kSum, T>(acc, at(s.bias, i - s.offset));
+  Packed<T> out = narrow<T>(acc);
+  if (s.residual) {
+    acc = widen(out);
+    combine<ReduceOp::kSum, T>(acc, at(s.residual, i));
+    out = narrow<T>(acc);
   }
-  const Packed<T> out = narrow<T>(acc);
-  for (int d = 0; d < s.targets; ++d) put<kWhole>(static_cast<T*>(s.dst[d]) + i, out, left);
+  return out;
+}
+
+/// The same block into all targets.
+template <bool kWhole, class T>
+[[gnu::always_inline]] inline void put_all(int targets, void* const* dst, int64_t i,
+                                           const Packed<T>& x, int64_t left) {
+  for (int d = 0; d < targets; ++d) put<kWhole>(static_cast<T*>(dst[d]) + i, x, left);
+}
+
+template <class T, ReduceOp kOp, int kSources, bool kWhole>
+[[gnu::always_inline]] inline void step(const Segment& s, int64_t i, int64_t left) {
+  put_all<kWhole>(s.targets, s.dst, i, reduced<T, kOp, kSources, kWhole>(s, i, left), left);
 }
 
 template <class T, ReduceOp kOp, int kSources>

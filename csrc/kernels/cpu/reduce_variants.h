@@ -16,12 +16,14 @@ struct Segment {
   void* const* dst;
   int64_t offset;  ///< elements to skip in each src and dst
   int64_t count;
-  const void* bias;  ///< `count` values, or null: already aligned with src[.][offset]
+  const void* bias;                ///< `count` values, or null: already aligned with src[.][offset]
+  const void* residual = nullptr;  ///< offset + count values or null: aligned with src[.][0]
 };
 
 struct Variant {
   const char* isa;
   void (*reduce)(DType, ReduceOp, const Segment&);
+  void (*reduce_rms_norm)(const RowReduction&);
 };
 
 /// Plain C++, and the reference of the others.
@@ -30,5 +32,12 @@ extern const Variant kGeneric;
 /// Null where the build's target or this CPU lacks them.
 const Variant* avx2_variant();
 const Variant* avx512_variant();
+
+/// Column c adds to partial sum c % kPartialSums.
+constexpr int kPartialSums = 32;
+
+/// 1 / sqrt(mean + eps). The partial sums are overwritten.
+float rms_scale(float (&sums)[kPartialSums], int64_t columns, double eps);
+double rms_scale(double (&sums)[kPartialSums], int64_t columns, double eps);
 
 }  // namespace tp_native::kernels
