@@ -47,7 +47,7 @@ struct Lanes {
     wide[2] = _mm256_castsi256_ps(_mm256_slli_epi32(x[1], 16));
     wide[3] = _mm256_castsi256_ps(_mm256_and_si256(x[1], upper));
   }
-  static void narrow(BFloat16, const __m256 (&wide)[4], Register (&x)[2]) {
+  [[gnu::always_inline]] static void narrow(BFloat16, const __m256 (&wide)[4], Register (&x)[2]) {
     const Register even[] = {_mm256_srli_epi32(rounded(wide[0]), 16),
                              _mm256_srli_epi32(rounded(wide[2]), 16)};
     x[0] = _mm256_blend_epi16(even[0], rounded(wide[1]), 0xaa);
@@ -73,7 +73,7 @@ struct Lanes {
     wide[2] = _mm256_cvtph_ps(_mm_loadu_si128(halves + 2));
     wide[3] = _mm256_cvtph_ps(_mm_loadu_si128(halves + 3));
   }
-  static void narrow(Float16, const __m256 (&wide)[4], Register (&x)[2]) {
+  [[gnu::always_inline]] static void narrow(Float16, const __m256 (&wide)[4], Register (&x)[2]) {
     x[0] = _mm256_set_m128i(half(wide[1]), half(wide[0]));
     x[1] = _mm256_set_m128i(half(wide[3]), half(wide[2]));
   }

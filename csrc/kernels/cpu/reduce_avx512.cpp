@@ -41,7 +41,7 @@ struct Lanes {
     wide[1] = _mm512_castsi512_ps(_mm512_and_si512(x[0], _mm512_set1_epi32(-0x10000)));
   }
   // not vcvtneps2bf16: it flushes subnormals, which to_bfloat16 and torch keep
-  static void narrow(BFloat16, const __m512 (&wide)[2], Register (&x)[1]) {
+  [[gnu::always_inline]] static void narrow(BFloat16, const __m512 (&wide)[2], Register (&x)[1]) {
     const Register even = _mm512_srli_epi32(rounded(wide[0]), 16);
     x[0] = _mm512_mask_blend_epi16(0xaaaaaaaa, even, rounded(wide[1]));
   }
@@ -61,7 +61,7 @@ struct Lanes {
     wide[0] = _mm512_cvtph_ps(_mm256_loadu_si256(halves));
     wide[1] = _mm512_cvtph_ps(_mm256_loadu_si256(halves + 1));
   }
-  static void narrow(Float16, const __m512 (&wide)[2], Register (&x)[1]) {
+  [[gnu::always_inline]] static void narrow(Float16, const __m512 (&wide)[2], Register (&x)[1]) {
     x[0] = _mm512_inserti64x4(_mm512_castsi256_si512(half(wide[0])), half(wide[1]), 1);
   }
   static __m256i half(__m512 x) {

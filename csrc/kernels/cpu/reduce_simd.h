@@ -92,7 +92,7 @@ inline void put(T* to, const Packed<T>& x, int64_t left) {
 }
 
 template <class T>
-inline WideOf<T> widen(const Packed<T>& x) {
+[[gnu::always_inline]] inline WideOf<T> widen(const Packed<T>& x) {
   WideOf<T> wide;
   if constexpr (sizeof(T) == sizeof(typename Computed<T>::type)) {
     each<wide.kParts>([&](int k) { wide.part[k] = (decltype(wide.part[k] + 0))x.part[k]; });
@@ -103,7 +103,7 @@ inline WideOf<T> widen(const Packed<T>& x) {
 }
 
 template <bool kWhole, class T>
-inline WideOf<T> fetch_wide(const T* from, int64_t left) {
+[[gnu::always_inline]] inline WideOf<T> fetch_wide(const T* from, int64_t left) {
   if constexpr (kWhole && __is_same(T, Float16)) {
     WideOf<T> wide;
     Lanes::load(from, wide.part);
@@ -127,7 +127,7 @@ inline void unify_nan(Wide<V>& x) {
 
 /// Rounded to T.
 template <class T>
-inline Packed<T> narrow(WideOf<T> wide) {
+[[gnu::always_inline]] inline Packed<T> narrow(WideOf<T> wide) {
   using V = typename Computed<T>::type;
   if constexpr (!kIsInteger<V>) unify_nan(wide);
   if constexpr (__is_same(T, Bool)) {
@@ -165,7 +165,7 @@ inline Vec<int64_t>::type plus(Vec<int64_t>::type a, Vec<int64_t>::type b) {
 /// The first of equal values stays, so that of zeros the lowest rank's sign; a NaN wins, first or
 /// not.
 template <ReduceOp kOp, class T>
-inline void combine(WideOf<T>& acc, const WideOf<T>& x) {
+[[gnu::always_inline]] inline void combine(WideOf<T>& acc, const WideOf<T>& x) {
   each<WideOf<T>::kParts>([&](int k) {
     const auto a = acc.part[k];
     const auto b = x.part[k];
