@@ -27,6 +27,7 @@ enum class OpCode : uint8_t {
   kVocabParallelEmbedding,
   kGather,
   kScatter,
+  kRowParallelLinearAddRmsNorm,
 };
 const char* name(OpCode op);
 

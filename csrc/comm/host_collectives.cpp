@@ -39,6 +39,45 @@ Slice slice_of(int64_t count, int64_t width, int rank, int size) {
   return {std::min(count, share * rank), std::min(count, share * (rank + 1))};
 }
 
+void check_reducible(const Signature& s) {
+  TPN_CHECK(kernels::can_reduce(s.dtype, s.reduce), name(s.op), ": ", name(s.dtype),
+            " values have no ", name(s.reduce), "; convert them to a floating dtype");
+}
+
+/// One pass over elements [begin, begin + count) of the result: the ranks' data, bias and residual.
+/// The norm needs whole rows: see normalise().
+kernels::Reduction reduction_of(const Signature& s, const Epilogue& e, int sources,
+                                const void* const* src, int targets, void* const* dst,
+                                int64_t begin, int64_t count) {
+  return {s.dtype, s.reduce, sources,   src,   targets,   dst,
+          count,   e.bias,   e.columns, begin, e.residual};
+}
+
+/// out = hidden / rms(hidden) * weight, after `hidden` was completed by other passes.
+void normalise(const Signature& s, const Epilogue& e, void* out, int64_t count) {
+  const void* const src[] = {e.hidden};
+  void* const normed[] = {out};
+  kernels::reduce_rms_norm({.dtype = s.dtype,
+                            .sources = 1,
+                            .src = src,
+                            .targets = 1,
+                            .normed = normed,
+                            .rows = count / e.columns,
+                            .columns = e.columns,
+                            .norm_weight = e.norm_weight,
+                            .eps = e.eps});
+}
+
+/// Sum, bias, residual and norm of whole rows, in one pass.
+void reduce_rows(const Signature& s, const Epilogue& e, int sources, const void* const* src,
+                 int targets, void* const* out, void* const* hidden, int64_t first_row,
+                 int64_t rows) {
+  const auto width = static_cast<int64_t>(item_bytes(s.dtype));
+  kernels::reduce_rms_norm({s.dtype, sources, src, targets, out, hidden, rows, e.columns, e.bias,
+                            e.residual ? at(e.residual, first_row * e.columns * width) : nullptr,
+                            e.norm_weight, e.eps});
+}
+
 /// Copies bytes [begin, begin + bytes) of a [rows, width] block into a matrix whose rows are
 /// `pitch` bytes apart.
 void scatter_rows(char* out, const char* in, int64_t begin, int64_t bytes, int64_t width,
@@ -85,14 +124,10 @@ void HostCommunicator::collective(const Signature& signature, int64_t bytes, dou
     end_flight(header, seq_);
   } catch (...) {
     if (!failure_) {  // a signal handler of this process raised while it waited
-      FailureRecord record;
-      record.kind = FailureKind::kInterrupted;
-      record.rank = record.peer = identity_.rank;
-      record.op = name(signature.op);
-      record.seq = seq_;
-      record.message = concat("rank ", identity_.rank, " was interrupted by a signal");
-      publish_abort(record.kind, record.peer, record.message);
-      failure_ = std::move(record);
+      publish_abort(FailureKind::kInterrupted, identity_.rank,
+                    concat("rank ", identity_.rank, " was interrupted by a signal"));
+      const Verdict verdict = read_verdict();  // perhaps somebody else's
+      failure_ = failure_record(verdict.kind, verdict.culprit, verdict.text);
       arena_->retire();
     }
     throw;
@@ -141,19 +176,20 @@ Block HostCommunicator::allocate(int64_t bytes) {
 
 void HostCommunicator::all_reduce(const Signature& signature, const void* in, void* out,
                                   int64_t count, const Epilogue& epilogue, Stream) {
-  TPN_CHECK(kernels::can_reduce(signature.dtype, signature.reduce), name(signature.op), ": ",
-            name(signature.dtype), " cannot be reduced (", name(signature.reduce),
-            "): expected float32, float64, float16 or bfloat16");
+  check_reducible(signature);
   if (identity_.size == 1) return reduce_alone(signature, in, out, count, epilogue);
   const int64_t bytes = count * static_cast<int64_t>(item_bytes(signature.dtype));
+  // with a norm the hidden state is a result too, and lies behind the normed one
+  const int64_t shared_bytes = epilogue.norm_weight ? 2 * bytes : bytes;
   collective(signature, bytes, 0, [&] {
-    const bool is_shared = in == out && bytes > kOneShotBytes && arena_->owns(out, bytes);
+    const bool is_shared = in == out && bytes > kOneShotBytes && arena_->owns(out, shared_bytes) &&
+                           (!epilogue.norm_weight || epilogue.hidden == at(out, bytes));
     if (!is_shared) return reduce_staged(signature, in, out, count, epilogue, false);
     announce(static_cast<uint64_t>(static_cast<char*>(out) - arena_->base()));
     await_all(tick_);
-    const Announced announced = check_announced(bytes);
+    const Announced announced = check_announced(shared_bytes);
     if (!announced.all_shared) return reduce_staged(signature, in, out, count, epilogue, true);
-    reduce_shared(signature, announced, count, bytes, epilogue);
+    reduce_shared(signature, announced, out, count, epilogue);
   });
 }
 
@@ -161,30 +197,54 @@ void HostCommunicator::reduce_alone(const Signature& s, const void* in, void* ou
                                     const Epilogue& epilogue) const {
   const void* const src[] = {in};
   void* const dst[] = {out};
-  kernels::reduce({s.dtype, s.reduce, 1, src, 1, dst, count, epilogue.bias, epilogue.columns, 0});
+  void* const hidden[] = {epilogue.hidden};
+  if (!epilogue.norm_weight) {
+    kernels::reduce(reduction_of(s, epilogue, 1, src, 1, dst, 0, count));
+  } else if (count > 0) {
+    reduce_rows(s, epilogue, 1, src, 1, dst, hidden, 0, count / epilogue.columns);
+  }
 }
 
 /// Every operand lies in its rank's arena: each rank reduces its slice of all blocks and stores it
-/// into all of them.
-void HostCommunicator::reduce_shared(const Signature& s, const Announced& announced, int64_t count,
-                                     int64_t, const Epilogue& epilogue) {
+/// into all of them. The slices are whole rows where a norm wants them and there is one for each
+/// rank; with fewer rows every rank normalises all of them after the meet.
+void HostCommunicator::reduce_shared(const Signature& s, const Announced& announced, void* out,
+                                     int64_t count, const Epilogue& epilogue) {
   constexpr int64_t kTileBytes = 16 << 10;  // stays in L1 between the stores to the ranks
   const auto width = static_cast<int64_t>(item_bytes(s.dtype));
-  const Slice mine = slice_of(count, width, identity_.rank, identity_.size);
-  const int64_t tile = kTileBytes / width;
-  void* block[kMaxRanks];
+  const int size = identity_.size;
+  const auto block = [&](int r, int64_t element) -> void* {
+    return peers_[r].mapping->base() + announced.block[r] + element * width;
+  };
+  void* src[kMaxRanks];
+  void* hidden[kMaxRanks];
   TPN_FAULT("shared.push");
-  for (int64_t begin = mine.begin; begin < mine.end; begin += tile) {  // proof: shared.push
-    for (int r = 0; r < identity_.size; ++r) {
-      block[r] = at(static_cast<void*>(peers_[r].mapping->base()),
-                    static_cast<int64_t>(announced.block[r]) + begin * width);
+  const bool is_normed = epilogue.norm_weight != nullptr;
+  const int64_t rows = is_normed ? count / epilogue.columns : 0;
+  if (is_normed && rows >= size) {  // proof: shared.push
+    const int64_t begin = rows * identity_.rank / size;
+    const int64_t end = rows * (identity_.rank + 1) / size;
+    for (int r = 0; r < size; ++r) {
+      src[r] = block(r, begin * epilogue.columns);
+      hidden[r] = block(r, count + begin * epilogue.columns);
     }
-    kernels::reduce({s.dtype, s.reduce, identity_.size, block, identity_.size, block,
-                     std::min(tile, mine.end - begin), epilogue.bias, epilogue.columns, begin});
+    reduce_rows(s, epilogue, size, src, size, src, hidden, begin, end - begin);
+  } else {
+    const Slice mine = slice_of(count, width, identity_.rank, size);
+    const int64_t tile = kTileBytes / width;
+    for (int64_t begin = mine.begin; begin < mine.end; begin += tile) {
+      for (int r = 0; r < size; ++r) {
+        src[r] = block(r, begin);
+        hidden[r] = block(r, count + begin);
+      }
+      kernels::reduce(reduction_of(s, epilogue, size, src, size, is_normed ? hidden : src, begin,
+                                   std::min(tile, mine.end - begin)));
+    }
   }
   TPN_FAULT("shared.post");
   post();
   await_all(tick_);
+  if (is_normed && rows < size && count > 0) normalise(s, epilogue, out, count);
 }
 
 /// `is_shared`: this rank has announced a block while a peer announced none. It stages now, one
@@ -197,6 +257,9 @@ void HostCommunicator::reduce_staged(const Signature& s, const void* in, void* o
   const int64_t bytes = count * width;
   const auto chunk_bytes = static_cast<int64_t>(kChunkBytes);
   const int64_t chunks = chunks_of(bytes, chunk_bytes);
+  const bool is_normed = epilogue.norm_weight != nullptr;
+  const bool is_one_pass = is_normed && chunks == 1;  // all rows at once
+  void* const target = is_normed ? epilogue.hidden : out;
   const auto length = [&](int64_t c) { return std::min(chunk_bytes, bytes - c * chunk_bytes); };
   const auto put = [&](int64_t c, char* to) {
     std::memcpy(to, at(in, c * chunk_bytes), static_cast<size_t>(length(c)));
@@ -205,9 +268,13 @@ void HostCommunicator::reduce_staged(const Signature& s, const void* in, void* o
     const void* src[kMaxRanks];
     for (int r = 0; r < size; ++r) src[r] = slot(r, chunk_ + c);
     src[me] = at(in, c * chunk_bytes);
-    void* const dst[] = {at(out, c * chunk_bytes)};
-    kernels::reduce({s.dtype, s.reduce, size, src, 1, dst, length(c) / width, epilogue.bias,
-                     epilogue.columns, c * chunk_bytes / width});
+    void* const dst[] = {at(is_one_pass ? out : target, c * chunk_bytes)};
+    if (is_one_pass) {
+      reduce_rows(s, epilogue, size, src, 1, dst, &target, 0, count / epilogue.columns);
+    } else {
+      kernels::reduce(
+          reduction_of(s, epilogue, size, src, 1, dst, c * chunk_bytes / width, length(c) / width));
+    }
   };
 
   bump(staged_, 1);
@@ -220,7 +287,8 @@ void HostCommunicator::reduce_staged(const Signature& s, const void* in, void* o
     announced_tick = tick_;
     await_all(tick_);
   }
-  const Announced announced = check_announced(bytes);
+  const Announced announced = check_announced(is_normed ? 2 * bytes : bytes);
+  if (bytes == 0) return;
 
   if (announced.any_shared) {
     bool late[kMaxRanks];
@@ -231,28 +299,28 @@ void HostCommunicator::reduce_staged(const Signature& s, const void* in, void* o
     }
     pipeline(chunks, announced_tick, late, put, take);
     if (!is_shared) post();  // the late ranks posted one more
-    return;
-  }
-  if (size == 2 || bytes <= kTwoPhaseBytes) {
-    if (bytes > 0) pipeline(chunks, announced_tick, nullptr, put, take);
-    return;
-  }
-  for (int64_t c = 0; c < chunks; ++c, ++chunk_) {
-    if (c > 0) {
-      put(c, slot(me, chunk_));
+  } else if (size == 2 || bytes <= kTwoPhaseBytes) {
+    pipeline(chunks, announced_tick, nullptr, put, take);
+  } else {
+    for (int64_t c = 0; c < chunks; ++c, ++chunk_) {
+      if (c > 0) {
+        put(c, slot(me, chunk_));
+        post();
+        await_all(tick_);
+      }
+      const Slice mine = slice_of(length(c) / width, width, me, size);
+      void* block[kMaxRanks];
+      for (int r = 0; r < size; ++r) block[r] = slot(r, chunk_) + mine.begin * width;
+      kernels::reduce(reduction_of(s, epilogue, size, block, size, block,
+                                   c * chunk_bytes / width + mine.begin, mine.end - mine.begin));
       post();
       await_all(tick_);
+      std::memcpy(at(target, c * chunk_bytes), slot(me, chunk_), static_cast<size_t>(length(c)));
     }
-    const int64_t elements = length(c) / width;
-    const Slice mine = slice_of(elements, width, me, size);
-    void* block[kMaxRanks];
-    for (int r = 0; r < size; ++r) block[r] = slot(r, chunk_) + mine.begin * width;
-    kernels::reduce({s.dtype, s.reduce, size, block, size, block, mine.end - mine.begin,
-                     epilogue.bias, epilogue.columns, c * chunk_bytes / width + mine.begin});
-    post();
-    await_all(tick_);
-    std::memcpy(at(out, c * chunk_bytes), slot(me, chunk_), static_cast<size_t>(length(c)));
+    if (is_normed) normalise(s, epilogue, out, count);
+    return;
   }
+  if (is_normed && !is_one_pass) normalise(s, epilogue, out, count);
 }
 
 void HostCommunicator::all_gather(const Signature& signature, const void* in, void* out,
@@ -292,9 +360,7 @@ void HostCommunicator::all_gather(const Signature& signature, const void* in, vo
 
 void HostCommunicator::reduce_scatter(const Signature& signature, const void* in, void* out,
                                       std::span<const int64_t> counts, Stream) {
-  TPN_CHECK(kernels::can_reduce(signature.dtype, signature.reduce),
-            "reduce_scatter: ", name(signature.dtype),
-            " cannot be reduced: expected float32, float64, float16 or bfloat16");
+  check_reducible(signature);
   const auto width = static_cast<int64_t>(item_bytes(signature.dtype));
   const int me = identity_.rank;
   const int size = identity_.size;
@@ -324,8 +390,7 @@ void HostCommunicator::reduce_scatter(const Signature& signature, const void* in
     for (int r = 0; r < size; ++r) src[r] = slot(r, chunk_ + c) + me * piece * width;
     src[me] = at(in, (start[me] + c * piece) * width);
     void* const dst[] = {at(out, c * piece * width)};
-    kernels::reduce(
-        {signature.dtype, signature.reduce, size, src, 1, dst, length(me, c), nullptr, 0, 0});
+    kernels::reduce(reduction_of(signature, {}, size, src, 1, dst, 0, length(me, c)));
   };
   collective(signature, whole * width, 0, [&] { staged(most, piece, put, take); });
 }

@@ -299,38 +299,46 @@ void HostCommunicator::check_usable() {
   check_abort();
 }
 
-void HostCommunicator::check_abort() {
-  AbortRecord& record = abort_record();
-  if (record.state.load(std::memory_order_acquire) == AbortRecord::kFree) [[likely]]
-    return;
-  const double start = now_s();  // the claimer may die before it publishes
-  while (record.state.load(std::memory_order_acquire) == AbortRecord::kClaimed &&
-         now_s() - start < 0.05)
-    ::sched_yield();
-  if (record.state.load(std::memory_order_acquire) != AbortRecord::kPublished) {
-    raise_failure(FailureKind::kAborted, -1,
-                  "a rank aborted the group and died before it said why");
-  }
+void HostCommunicator::check_abort() {  // proof: abort.observe
+  const Verdict verdict = read_verdict();
+  if (verdict.is_passed) [[unlikely]]
+    raise_failure(verdict.kind, verdict.culprit, verdict.text);
+}
+
+HostCommunicator::Verdict HostCommunicator::read_verdict() const {
+  const uint32_t word = peers_[0].header()->verdict.load(std::memory_order_acquire);
+  if (word == 0) [[likely]]
+    return {};
+  const int judge = static_cast<int>(word) - 1;
+  if (judge >= identity_.size) return {true, FailureKind::kAborted, -1, "a rank aborted the group"};
+  const AbortRecord& record = peers_[judge].header()->abort;
   char text[kAbortTextBytes];
   std::memcpy(text, record.text, sizeof(text));
   text[sizeof(text) - 1] = '\0';
   const int culprit = record.culprit;
-  raise_failure(static_cast<FailureKind>(record.kind), culprit < identity_.size ? culprit : -1,
-                text);
+  const uint8_t kind = record.kind;
+  return {true,
+          kind <= static_cast<uint8_t>(FailureKind::kInterrupted) ? static_cast<FailureKind>(kind)
+                                                                  : FailureKind::kError,
+          culprit < identity_.size ? culprit : -1, text};
 }
 
 void HostCommunicator::publish_abort(FailureKind kind, int culprit,
                                      const std::string& text) noexcept {
-  AbortRecord& record = abort_record();
-  uint32_t free = AbortRecord::kFree;
-  if (!record.state.compare_exchange_strong(free, AbortRecord::kClaimed, std::memory_order_acq_rel))
-    return;
-  TPN_FAULT("abort.publish");
-  record.kind = static_cast<uint8_t>(kind);
-  record.culprit = culprit;
-  record.reporter = identity_.rank;
-  std::snprintf(record.text, sizeof(record.text), "%s", text.c_str());
-  record.state.store(AbortRecord::kPublished, std::memory_order_release);
+  std::atomic<uint32_t>& verdict = peers_[0].header()->verdict;
+  {
+    std::lock_guard lock(abort_mutex_);  // the watch reports too
+    if (verdict.load(std::memory_order_acquire) != 0) return;
+    AbortRecord& mine = peers_[identity_.rank].header()->abort;  // proof: abort.publish
+    mine.kind = static_cast<uint8_t>(kind);
+    mine.culprit = culprit;
+    std::snprintf(mine.text, sizeof(mine.text), "%s", text.c_str());
+    TPN_FAULT("abort.publish");
+    uint32_t none = 0;  // proof: abort.claim
+    if (!verdict.compare_exchange_strong(none, static_cast<uint32_t>(identity_.rank) + 1,
+                                         std::memory_order_acq_rel))
+      return;
+  }
   for (int r = 0; r < identity_.size; ++r) wake(r);
   if (kind != FailureKind::kInterrupted)
     write_flight_record(identity_, headers(), kind, culprit, text, clock_);
@@ -348,7 +356,8 @@ void HostCommunicator::fail_group(FailureKind kind, int culprit, const std::stri
   raise_failure(kind, culprit, text);
 }
 
-void HostCommunicator::raise_failure(FailureKind kind, int culprit, const std::string& text) {
+FailureRecord HostCommunicator::failure_record(FailureKind kind, int culprit,
+                                               const std::string& text) const {
   FailureRecord record;
   record.kind = kind;
   record.rank = identity_.rank;
@@ -364,9 +373,13 @@ void HostCommunicator::raise_failure(FailureKind kind, int culprit, const std::s
   if (const std::string path = flight_path(identity_, *peers_[0].header());
       !path.empty() && kind != FailureKind::kInterrupted)
     record.message += concat("; flight record: ", path, " (tp-native blame ", path, ")");
-  failure_ = record;
-  arena_->retire();
-  raise(std::move(record));
+  return record;
+}
+
+void HostCommunicator::raise_failure(FailureKind kind, int culprit, const std::string& text) {
+  failure_ = failure_record(kind, culprit, text);
+  arena_->retire();  // proof: abort.retire
+  raise(*failure_);
 }
 
 void HostCommunicator::raise_mismatch() {

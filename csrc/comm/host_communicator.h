@@ -85,8 +85,7 @@ class HostCommunicator final : public Communicator {
   template <class Put, class Take>
   void pipeline(int64_t chunks, uint64_t first_tick, const bool* late, const Put& put,
                 const Take& take);
-  void reduce_shared(const Signature&, const Announced&, int64_t count, int64_t bytes,
-                     const Epilogue&);
+  void reduce_shared(const Signature&, const Announced&, void* out, int64_t count, const Epilogue&);
   void reduce_staged(const Signature&, const void* in, void* out, int64_t count, const Epilogue&,
                      bool is_shared);
   void reduce_alone(const Signature&, const void* in, void* out, int64_t count,
@@ -110,10 +109,17 @@ class HostCommunicator final : public Communicator {
   void check_usable();
   void check_abort();
   [[noreturn]] void fail_group(FailureKind kind, int culprit, const std::string& text);
+  FailureRecord failure_record(FailureKind kind, int culprit, const std::string& text) const;
   [[noreturn]] void raise_failure(FailureKind kind, int culprit, const std::string& text);
   [[noreturn]] void raise_mismatch();
   void check_deadline(int rank, double waited_s, double& next_warning_s);
-  AbortRecord& abort_record() const { return peers_[0].header()->abort; }
+  struct Verdict {
+    bool is_passed = false;
+    FailureKind kind = FailureKind::kError;
+    int culprit = -1;
+    std::string text = {};
+  };
+  Verdict read_verdict() const;
   std::string describe_rank(int rank) const;
   std::string describe_current() const;
   void warn_of_straggler(int rank) const;
@@ -128,6 +134,7 @@ class HostCommunicator final : public Communicator {
   int spin_pauses_;
   StampClock clock_;
 
+  std::mutex abort_mutex_;    ///< guards this rank's abort record until a verdict is passed
   mutable std::mutex mutex_;  ///< one collective of this rank at a time; guards what follows
   const Signature* current_ = nullptr;
   uint64_t signature_hash_ = 0;

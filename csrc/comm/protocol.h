@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What lies in front of each rank's arena. Only the owner writes its header, but for the abort
-// record of rank 0, which whoever notices a failure first may claim. Everything read here comes
-// from another process: copy, check, then use.
+// What lies in front of each rank's arena. Only the owner writes its header, but for the verdict in
+// rank 0's, which whoever notices a failure first sets. Everything read here comes from another
+// process: copy, check, then use.
 #pragma once
 
 #include <atomic>
@@ -60,13 +60,11 @@ enum class RankState : uint32_t { kJoining = 0, kActive = 1, kLeft = 2 };
 
 constexpr size_t kAbortTextBytes = 1536;
 
-/// Written once: kFree -> kClaimed by compare-and-swap, filled in, -> kPublished.
+/// What a rank has to say about a failure. Complete before the verdict names it: a rank that dies
+/// or stops while it writes leaves the verdict free for the next.
 struct AbortRecord {
-  enum : uint32_t { kFree = 0, kClaimed = 1, kPublished = 2 };
-  std::atomic<uint32_t> state;
   uint8_t kind;  ///< FailureKind
   int32_t culprit;
-  int32_t reporter;
   char text[kAbortTextBytes];
 };
 
@@ -82,7 +80,10 @@ struct RankHeader {
   alignas(128) std::atomic<uint32_t> sleepers;  ///< peers in a futex wait on one of the ticks
   alignas(128) std::atomic<uint64_t> pulse;     ///< heartbeats; stands still while frozen
   Line lines[kRing];
-  alignas(128) AbortRecord abort;  ///< used in rank 0's header only
+  /// In rank 0's header only: 0, then once and for all 1 + the rank whose record counts. Release,
+  /// pairs with the acquire of whoever reads that record.
+  alignas(128) std::atomic<uint32_t> verdict;
+  alignas(128) AbortRecord abort;  ///< this rank's
   alignas(128) FlightEntry flight[kFlightEntries];
 };
 

@@ -16,7 +16,8 @@ const char* name(OpCode op) {
                                     "column_parallel_linear",
                                     "vocab_parallel_embedding",
                                     "gather",
-                                    "scatter"};
+                                    "scatter",
+                                    "row_parallel_linear_add_rms_norm"};
   const auto index = static_cast<size_t>(op);
   return index < sizeof(kNames) / sizeof(kNames[0]) ? kNames[index] : "unknown operation";
 }
@@ -50,7 +51,7 @@ std::string describe(const Announcement& a) {
   text << name(static_cast<DType>(a.dtype)) << " [";
   for (size_t i = 0; i < a.shape.size(); ++i) text << (i ? ", " : "") << a.shape[i];
   text << ']';
-  if (a.root >= 0) text << ", src " << a.root;
+  if (a.root >= 0) text << (code == OpCode::kGather ? ", dst " : ", src ") << a.root;
   if (a.dim >= 0) text << ", dim " << a.dim;
   text << ')';
   return text.str();

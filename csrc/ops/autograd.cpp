@@ -6,6 +6,8 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
+
 #include "ops/schema.h"
 #include "ops/tensors.h"
 
@@ -223,29 +225,36 @@ void broadcast_in_place(const Tensor& t, const Tensor& order, int64_t src, std::
   kOp.call(t, order, src, group);
 }
 
+/// A string as a template argument: each op has a handle of its own, looked up once.
+template <size_t kSize>
+struct Name {
+  char text[kSize];
+  constexpr Name(const char (&from)[kSize]) { std::copy_n(from, kSize, text); }  // NOLINT
+};
+
 /// Straight to the kernel where nothing needs a gradient: recording costs microseconds.
-template <class Signature, class... Args>
-Tensor below(const char* name, const Args&... args) {
-  const auto op = find_op<Signature>(name);
+template <class Signature, Name kName, class... Args>
+Tensor below(const Args&... args) {
+  static const auto kOp = find_op<Signature>(kName.text);
   at::AutoDispatchBelowADInplaceOrView guard;
-  return op.call(args...);
+  return kOp.call(args...);
 }
 
 Tensor all_reduce(const Tensor& t, const Tensor& order, std::string_view op,
                   std::string_view group) {
-  if (!needs_grad(t)) return below<AllReduce>("tp_native::all_reduce", t, order, op, group);
+  if (!needs_grad(t)) return below<AllReduce, "tp_native::all_reduce">(t, order, op, group);
   TORCH_CHECK_NOT_IMPLEMENTED(op == "sum" || op == "avg", "all_reduce \"", op,
                               "\" has no gradient: detach the input");
   return AllReduceFunction::apply(t, order, std::string(op), std::string(group));
 }
 
 Tensor copy_to_ranks(const Tensor& t, const Tensor& order, std::string_view group) {
-  if (!needs_grad(t)) return below<CopyToRanks>("tp_native::copy_to_ranks", t, order, group);
+  if (!needs_grad(t)) return below<CopyToRanks, "tp_native::copy_to_ranks">(t, order, group);
   return CopyToRanksFunction::apply(t, order, std::string(group));
 }
 
 Tensor broadcast(const Tensor& t, const Tensor& order, int64_t src, std::string_view group) {
-  if (!needs_grad(t)) return below<Broadcast>("tp_native::broadcast", t, order, src, group);
+  if (!needs_grad(t)) return below<Broadcast, "tp_native::broadcast">(t, order, src, group);
   return BroadcastFunction::apply(t, order, src, std::string(group));
 }
 
@@ -254,7 +263,7 @@ Tensor all_gather(const Tensor& t, const Tensor& order, Sizes sizes, int64_t dim
   TORCH_CHECK_VALUE(grad == "replicated" || grad == "partial", "all_gather: grad \"", grad,
                     "\": expected \"replicated\" or \"partial\"");
   if (!needs_grad(t))
-    return below<AllGather>("tp_native::all_gather", t, order, sizes, dim, grad, group);
+    return below<AllGather, "tp_native::all_gather">(t, order, sizes, dim, grad, group);
   return AllGatherFunction::apply(t, order, sizes.vec(), dim, std::string(grad),
                                   std::string(group));
 }
@@ -262,7 +271,7 @@ Tensor all_gather(const Tensor& t, const Tensor& order, Sizes sizes, int64_t dim
 Tensor reduce_scatter(const Tensor& t, const Tensor& order, Sizes sizes, int64_t dim,
                       std::string_view op, std::string_view group) {
   if (!needs_grad(t))
-    return below<ReduceScatter>("tp_native::reduce_scatter", t, order, sizes, dim, op, group);
+    return below<ReduceScatter, "tp_native::reduce_scatter">(t, order, sizes, dim, op, group);
   TORCH_CHECK_NOT_IMPLEMENTED(op == "sum" || op == "avg", "reduce_scatter \"", op,
                               "\" has no gradient: detach the input");
   return ReduceScatterFunction::apply(t, order, sizes.vec(), dim, std::string(op),
@@ -281,11 +290,30 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
   return LinearFunction<kReduced>::apply(x, weight, bias, order, sizes.vec(), std::string(group));
 }
 
+/// With gradients the steps run one by one, each with its own backward; the values are the same.
+std::tuple<Tensor, Tensor> linear_add_rms_norm(const Tensor& x, const Tensor& weight,
+                                               const OptionalTensor& bias, const Tensor& residual,
+                                               const Tensor& norm_weight, double eps,
+                                               const Tensor& order, Sizes sizes,
+                                               std::string_view group) {
+  if (!needs_grad(x, weight, residual, norm_weight) && !(bias && needs_grad(*bias))) {
+    static const auto kOp =
+        find_op<LinearAddRmsNorm>("tp_native::row_parallel_linear_add_rms_norm");
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return kOp.call(x, weight, bias, residual, norm_weight, eps, order, sizes, group);
+  }
+  const Tensor hidden = residual.add(linear<true>(x, weight, bias, order, sizes, group));
+  const bool is_half = hidden.scalar_type() == at::kHalf || hidden.scalar_type() == at::kBFloat16;
+  const Tensor wide = is_half ? hidden.to(at::kFloat) : hidden;
+  const Tensor scale = wide.square().mean(-1, true).add(eps).rsqrt();
+  return {wide.mul(scale).to(hidden.scalar_type()).mul(norm_weight), hidden};
+}
+
 Tensor vocab_parallel_embedding(const Tensor& ids, const Tensor& weight, const Tensor& order,
                                 Sizes sizes, int64_t padding_idx, std::string_view group) {
   if (!needs_grad(weight)) {
-    return below<VocabParallelEmbedding>("tp_native::vocab_parallel_embedding", ids, weight, order,
-                                         sizes, padding_idx, group);
+    return below<VocabParallelEmbedding, "tp_native::vocab_parallel_embedding">(
+        ids, weight, order, sizes, padding_idx, group);
   }
   return EmbeddingFunction::apply(ids, weight, order, sizes.vec(), padding_idx, std::string(group));
 }
@@ -299,6 +327,7 @@ TORCH_LIBRARY_IMPL(tp_native, Autograd, m) {
   m.impl("all_gather", &all_gather);
   m.impl("reduce_scatter", &reduce_scatter);
   m.impl("row_parallel_linear", &linear<true>);
+  m.impl("row_parallel_linear_add_rms_norm", &linear_add_rms_norm);
   m.impl("column_parallel_linear", &linear<false>);
   m.impl("vocab_parallel_embedding", &vocab_parallel_embedding);
 }

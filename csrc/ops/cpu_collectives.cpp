@@ -4,6 +4,7 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include "kernels/reduce.h"
 #include "ops/schema.h"
 #include "ops/tensors.h"
 
@@ -30,13 +31,23 @@ void check_src(const char* op, int64_t src, const comm::Identity& group) {
                     group.name, ": expected 0 to ", group.size - 1);
 }
 
+/// Raises TypeError, before any rank waits for this one.
+ReduceOp check_reducible(const char* op, const Tensor& t, std::string_view reduce) {
+  const ReduceOp kind = reduce_op_of(reduce);
+  TORCH_CHECK_TYPE(kernels::can_reduce(dtype_of(t), kind), op, ": ", t.scalar_type(),
+                   " values have no \"", reduce,
+                   "\": convert them to a floating dtype, or use \"sum\"");
+  return kind;
+}
+
 void all_reduce_in_place(const Tensor& t, const Tensor&, std::string_view op,
                          std::string_view group) {
   const auto communicator = comm::find_communicator(group);
+  const ReduceOp reduce = check_reducible("all_reduce", t, op);
   const Tensor whole = t.contiguous();
   const Signature signature{.op = OpCode::kAllReduce,
                             .dtype = dtype_of(t),
-                            .reduce = reduce_op_of(op),
+                            .reduce = reduce,
                             .shape = span_of(t.sizes())};
   communicator->all_reduce(signature, whole.const_data_ptr(), whole.mutable_data_ptr(),
                            whole.numel(), {}, {});
@@ -46,9 +57,10 @@ void all_reduce_in_place(const Tensor& t, const Tensor&, std::string_view op,
 
 Tensor all_reduce(const Tensor& t, const Tensor&, std::string_view op, std::string_view group) {
   const auto communicator = comm::find_communicator(group);
+  const ReduceOp reduce = check_reducible("all_reduce", t, op);
   const Signature signature{.op = OpCode::kAllReduce,
                             .dtype = dtype_of(t),
-                            .reduce = reduce_op_of(op),
+                            .reduce = reduce,
                             .shape = span_of(t.sizes())};
   const Tensor out = empty_shared(*communicator, t.sizes(), t.options());
   out.copy_(t);
@@ -117,6 +129,7 @@ Tensor reduce_scatter(const Tensor& t, const Tensor&, Sizes symbolic, int64_t di
   TORCH_CHECK_VALUE(t.size(dim) == c10::sum_integers(sizes), "reduce_scatter: dimension ", dim,
                     " is ", t.size(dim), ", the partition ", text_of(sizes), " adds up to ",
                     c10::sum_integers(sizes));
+  const ReduceOp reduce = check_reducible("reduce_scatter", t, op);
   const Tensor in = t.movedim(dim, 0).contiguous();  // rank r's part is one run then
   std::vector<int64_t> shape = in.sizes().vec();
   const int64_t inner = c10::multiply_integers(shape.begin() + 1, shape.end());
@@ -126,7 +139,7 @@ Tensor reduce_scatter(const Tensor& t, const Tensor&, Sizes symbolic, int64_t di
   const Tensor out = at::empty(shape, t.options());
   const Signature signature{.op = OpCode::kReduceScatter,
                             .dtype = dtype_of(t),
-                            .reduce = reduce_op_of(op),
+                            .reduce = reduce,
                             .dim = static_cast<int>(dim),
                             .shape = span_of(t.sizes()),
                             .sizes = span_of(sizes)};

@@ -33,39 +33,89 @@ void check_linear(const char* op, const Tensor& x, const Tensor& weight,
                     "]");
 }
 
-Tensor row_parallel_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                           const Tensor&, Sizes symbolic, std::string_view group) {
-  constexpr const char* kOp = "row_parallel_linear";
-  const auto communicator = comm::find_communicator(group);
-  const comm::Identity& self = communicator->identity();
-  const at::IntArrayRef sizes = C10_AS_INTARRAYREF_SLOW(symbolic);
-  check_linear(kOp, x, weight, bias);
-  check_sizes(kOp, sizes, self);
+/// This rank's product of a row-parallel linear, on its way to the sum.
+struct Partial {
+  std::vector<int64_t> shape;  ///< of the result
+  int64_t rows;
+  int64_t columns;
+};
+
+Partial check_row_parallel(const char* op, const Tensor& x, const Tensor& weight,
+                           const OptionalTensor& bias, at::IntArrayRef sizes,
+                           const comm::Identity& self) {
+  check_linear(op, x, weight, bias);
+  check_sizes(op, sizes, self);
   const int64_t width = sizes[self.rank];
-  TORCH_CHECK_VALUE(weight.size(1) == width, kOp, ": the weight has ", weight.size(1),
+  TORCH_CHECK_VALUE(weight.size(1) == width, op, ": the weight has ", weight.size(1),
                     " columns, expected ", width, ", rank ", self.rank,
                     "'s share of the partition ", text_of(sizes));
-  TORCH_CHECK_VALUE(x.size(-1) == width, kOp, ": the input's last dimension is ", x.size(-1),
+  TORCH_CHECK_VALUE(x.size(-1) == width, op, ": the input's last dimension is ", x.size(-1),
                     ", expected ", width, ": RowParallelLinear splits in_features, rank ",
                     self.rank, " holds ", width, " of ", c10::sum_integers(sizes), " (",
                     text_of(sizes),
                     "). Pass a sharded input, or input_is_parallel=False for a whole one; "
                     "ColumnParallelLinear is the one "
                     "that takes a whole input and splits out_features");
-
   std::vector<int64_t> shape = x.sizes().vec();
-  const int64_t columns = shape.back() = weight.size(0);
+  shape.back() = weight.size(0);
   const int64_t rows = c10::multiply_integers(shape.begin(), shape.end() - 1);
-  Tensor out = empty_shared(*communicator, {rows, columns}, x.options());
-  at::mm_out(out, x.reshape({rows, width}), weight.t());
+  return {std::move(shape), rows, weight.size(0)};
+}
+
+Tensor row_parallel_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                           const Tensor&, Sizes symbolic, std::string_view group) {
+  const auto communicator = comm::find_communicator(group);
+  const at::IntArrayRef sizes = C10_AS_INTARRAYREF_SLOW(symbolic);
+  const Partial p =
+      check_row_parallel("row_parallel_linear", x, weight, bias, sizes, communicator->identity());
+  Tensor out = empty_shared(*communicator, {p.rows, p.columns}, x.options());
+  at::mm_out(out, x.reshape({p.rows, weight.size(1)}), weight.t());
   const Tensor whole_bias = bias ? bias->contiguous() : Tensor();
   const Signature signature{.op = OpCode::kRowParallelLinear,
                             .dtype = dtype_of(x),
-                            .shape = shape,
+                            .shape = p.shape,
                             .sizes = span_of(sizes)};
-  communicator->all_reduce(signature, out.const_data_ptr(), out.mutable_data_ptr(), out.numel(),
-                           {bias ? whole_bias.const_data_ptr() : nullptr, columns}, {});
-  return out.view(shape);
+  communicator->all_reduce(
+      signature, out.const_data_ptr(), out.mutable_data_ptr(), out.numel(),
+      {.bias = bias ? whole_bias.const_data_ptr() : nullptr, .columns = p.columns}, {});
+  return out.view(p.shape);
+}
+
+std::tuple<Tensor, Tensor> row_parallel_linear_add_rms_norm(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const Tensor& residual,
+    const Tensor& norm_weight, double eps, const Tensor&, Sizes symbolic, std::string_view group) {
+  constexpr const char* kOp = "row_parallel_linear_add_rms_norm";
+  const auto communicator = comm::find_communicator(group);
+  const at::IntArrayRef sizes = C10_AS_INTARRAYREF_SLOW(symbolic);
+  const Partial p = check_row_parallel(kOp, x, weight, bias, sizes, communicator->identity());
+  TORCH_CHECK_VALUE(residual.sizes().equals(p.shape), kOp, ": residual of shape ",
+                    text_of(residual.sizes()), ": expected ", text_of(p.shape));
+  TORCH_CHECK_VALUE(norm_weight.dim() == 1 && norm_weight.size(0) == p.columns, kOp,
+                    ": norm_weight of shape ", text_of(norm_weight.sizes()), ": expected [",
+                    p.columns, "]");
+  TORCH_CHECK_TYPE(
+      residual.scalar_type() == x.scalar_type() && norm_weight.scalar_type() == x.scalar_type(),
+      kOp, ": input, residual and norm_weight are ", x.scalar_type(), ", ", residual.scalar_type(),
+      " and ", norm_weight.scalar_type(), ": expected one dtype");
+  auto [normed, hidden] = empty_shared_pair(*communicator, {p.rows, p.columns}, x.options());
+  at::mm_out(normed, x.reshape({p.rows, weight.size(1)}), weight.t());
+  const Tensor whole_bias = bias ? bias->contiguous() : Tensor();
+  const Tensor whole_residual = residual.contiguous();
+  const Tensor scale = norm_weight.contiguous();
+  const Signature signature{.op = OpCode::kRowParallelLinearAddRmsNorm,
+                            .dtype = dtype_of(x),
+                            .shape = p.shape,
+                            .sizes = span_of(sizes)};
+  communicator->all_reduce(signature, normed.const_data_ptr(), normed.mutable_data_ptr(),
+                           normed.numel(),
+                           {.bias = bias ? whole_bias.const_data_ptr() : nullptr,
+                            .columns = p.columns,
+                            .residual = whole_residual.const_data_ptr(),
+                            .norm_weight = scale.const_data_ptr(),
+                            .eps = eps,
+                            .hidden = hidden.mutable_data_ptr()},
+                           {});
+  return {normed.view(p.shape), hidden.view(p.shape)};
 }
 
 Tensor column_parallel_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
@@ -150,6 +200,7 @@ Tensor vocab_parallel_embedding(const Tensor& ids, const Tensor& weight, const T
 
 TORCH_LIBRARY_IMPL(tp_native, CPU, m) {
   m.impl("row_parallel_linear", &row_parallel_linear);
+  m.impl("row_parallel_linear_add_rms_norm", &row_parallel_linear_add_rms_norm);
   m.impl("column_parallel_linear", &column_parallel_linear);
   m.impl("vocab_parallel_embedding", &vocab_parallel_embedding);
 }

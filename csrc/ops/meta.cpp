@@ -62,6 +62,14 @@ Tensor parallel_linear(const Tensor& x, const Tensor& weight, const OptionalTens
   return with_last(x, weight.sym_size(0), x.options());
 }
 
+std::tuple<Tensor, Tensor> linear_add_rms_norm(const Tensor& x, const Tensor& weight,
+                                               const OptionalTensor&, const Tensor&, const Tensor&,
+                                               double, const Tensor&, Sizes, std::string_view) {
+  check_device("row_parallel_linear_add_rms_norm", x, weight);
+  return {with_last(x, weight.sym_size(0), x.options()),
+          with_last(x, weight.sym_size(0), x.options())};
+}
+
 Tensor vocab_parallel_embedding(const Tensor& ids, const Tensor& weight, const Tensor&, Sizes,
                                 int64_t, std::string_view) {
   check_device("vocab_parallel_embedding", ids, weight);
@@ -82,6 +90,7 @@ TORCH_LIBRARY_IMPL(tp_native, Meta, m) {
   m.impl("scatter_into", &move_into);
   m.impl("row_parallel_linear", &parallel_linear);
   m.impl("column_parallel_linear", &parallel_linear);
+  m.impl("row_parallel_linear_add_rms_norm", &linear_add_rms_norm);
   m.impl("vocab_parallel_embedding", &vocab_parallel_embedding);
 }
 

@@ -27,6 +27,10 @@ TORCH_LIBRARY(tp_native, m) {
       "row_parallel_linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) order, SymInt[] "
       "sizes, str group) -> Tensor");
   m.def(
+      "row_parallel_linear_add_rms_norm(Tensor x, Tensor weight, Tensor? bias, Tensor residual, "
+      "Tensor norm_weight, float eps, Tensor(a!) order, SymInt[] sizes, str group) -> (Tensor "
+      "normed, Tensor hidden)");
+  m.def(
       "column_parallel_linear(Tensor x, Tensor weight, Tensor? bias, Tensor order, SymInt[] sizes, "
       "str group) -> Tensor");
   m.def(

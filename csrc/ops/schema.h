@@ -28,6 +28,12 @@ using ReduceScatter = Tensor(const Tensor& t, const Tensor& order, Sizes sizes, 
                              std::string_view op, std::string_view group);
 using ParallelLinear = Tensor(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                               const Tensor& order, Sizes sizes, std::string_view group);
+using LinearAddRmsNorm = std::tuple<Tensor, Tensor>(const Tensor& x, const Tensor& weight,
+                                                    const OptionalTensor& bias,
+                                                    const Tensor& residual,
+                                                    const Tensor& norm_weight, double eps,
+                                                    const Tensor& order, Sizes sizes,
+                                                    std::string_view group);
 using VocabParallelEmbedding = Tensor(const Tensor& ids, const Tensor& weight, const Tensor& order,
                                       Sizes sizes, int64_t padding_idx, std::string_view group);
 

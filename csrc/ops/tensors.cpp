@@ -57,6 +57,20 @@ at::Tensor empty_shared(comm::Communicator& communicator, at::IntArrayRef shape,
   return at::from_blob(block.data, shape, [owner = std::move(block.owner)](void*) {}, options);
 }
 
+std::pair<at::Tensor, at::Tensor> empty_shared_pair(comm::Communicator& communicator,
+                                                    at::IntArrayRef shape,
+                                                    const at::TensorOptions& options) {
+  const int64_t bytes =
+      c10::multiply_integers(shape) * static_cast<int64_t>(options.dtype().itemsize());
+  const comm::Block block = communicator.allocate(2 * bytes);
+  if (!block.data) return {at::empty(shape, options), at::empty(shape, options)};
+  const auto part = [&](int64_t offset) {
+    return at::from_blob(
+        static_cast<char*>(block.data) + offset, shape, [owner = block.owner](void*) {}, options);
+  };
+  return {part(0), part(bytes)};
+}
+
 void check_sizes(const char* op, at::IntArrayRef sizes, const comm::Identity& group) {
   TORCH_CHECK_VALUE(static_cast<int>(sizes.size()) == group.size, op, ": sizes ", text_of(sizes),
                     " has ", sizes.size(), " entries, expected one for each of the ", group.size,

@@ -22,6 +22,11 @@ ReduceOp reduce_op_of(std::string_view op);
 at::Tensor empty_shared(comm::Communicator& communicator, at::IntArrayRef shape,
                         const at::TensorOptions& options);
 
+/// Two of them, the second behind the first in one block where there is one.
+std::pair<at::Tensor, at::Tensor> empty_shared_pair(comm::Communicator& communicator,
+                                                    at::IntArrayRef shape,
+                                                    const at::TensorOptions& options);
+
 /// Raises ValueError unless `sizes` has one entry per rank, none negative.
 void check_sizes(const char* op, at::IntArrayRef sizes, const comm::Identity& group);
 

@@ -79,6 +79,26 @@ def row_parallel_linear(
     return cast(Tensor, _ops.row_parallel_linear.default(x, weight, bias, order, sizes, group))
 
 
+def row_parallel_linear_add_rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    order: Tensor,
+    sizes: Sequence[int],
+    group: str,
+) -> tuple[Tensor, Tensor]:
+    """``hidden = residual + row_parallel_linear(...)`` and its RMS norm, in one pass."""
+    return cast(
+        tuple[Tensor, Tensor],
+        _ops.row_parallel_linear_add_rms_norm.default(
+            x, weight, bias, residual, norm_weight, eps, order, sizes, group
+        ),
+    )
+
+
 def column_parallel_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor, sizes: Sequence[int], group: str
 ) -> Tensor:

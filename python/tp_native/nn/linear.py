@@ -255,17 +255,7 @@ class RowParallelLinear(_ParallelLinear):
         if self.group.size == 1:
             y = F.linear(x, self.weight, bias)
             return (y, self.bias) if self.skip_bias_add else y
-        if not self.input_is_parallel:
-            if x.shape[-1] != self.in_features:
-                raise ValueError(
-                    "RowParallelLinear with input_is_parallel=False: the input's last dimension "
-                    f"is {x.shape[-1]}, "
-                    f"expected the whole in_features, {self.in_features}"
-                )
-            x = copy_to_ranks(
-                x, self.group
-            )  # backward: the ranks' slices of dx, zero elsewhere, are summed
-            x = x.narrow(-1, self.partition.offset(self.group.rank), self.local_in_features)
+        x = self._local_input(x)
         if self.reduce_results:
             y = _ops.row_parallel_linear(
                 x, self.weight, bias, self.group.order, self.partition.sizes, self.group.name
@@ -273,6 +263,51 @@ class RowParallelLinear(_ParallelLinear):
         else:
             y = F.linear(x, self.weight)
         return (y, self.bias) if self.skip_bias_add else y
+
+    def forward_add_rms_norm(
+        self, x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float = 1e-6
+    ) -> tuple[Tensor, Tensor]:
+        """The layer, the residual addition and the RMS norm that follow it in a transformer block.
+
+        Returns ``(normed, hidden)``: ``hidden = residual + layer(x)`` and
+        ``normed = hidden / sqrt(mean(hidden**2) + eps) * norm_weight`` over the last dimension, the
+        bits that the steps have one by one in ``hidden``; without gradients all of it runs in the
+        pass that sums the ranks' products. ``residual`` and ``norm_weight`` are equal on all ranks.
+        Source: Zhang & Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467.
+        """
+        if not self.reduce_results or self.skip_bias_add:
+            raise ValueError(
+                "forward_add_rms_norm needs the whole sum: make the layer with "
+                "reduce_results=True and skip_bias_add=False"
+            )
+        if self.group.size == 1:
+            hidden = residual + F.linear(x, self.weight, self.bias)
+            wide = hidden.double() if hidden.dtype == torch.float64 else hidden.float()
+            scale = wide.square().mean(-1, keepdim=True).add(eps).rsqrt()
+            return (wide * scale).to(hidden.dtype) * norm_weight, hidden
+        return _ops.row_parallel_linear_add_rms_norm(
+            self._local_input(x),
+            self.weight,
+            self.bias,
+            residual,
+            norm_weight,
+            eps,
+            self.group.order,
+            self.partition.sizes,
+            self.group.name,
+        )
+
+    def _local_input(self, x: Tensor) -> Tensor:
+        if self.input_is_parallel:
+            return x
+        if x.shape[-1] != self.in_features:
+            raise ValueError(
+                "RowParallelLinear with input_is_parallel=False: the input's last dimension "
+                f"is {x.shape[-1]}, expected the whole in_features, {self.in_features}"
+            )
+        # backward: the ranks' slices of dx, zero elsewhere, are summed
+        whole = copy_to_ranks(x, self.group)
+        return whole.narrow(-1, self.partition.offset(self.group.rank), self.local_in_features)
 
     def extra_repr(self) -> str:
         """Whole and local sizes."""
