@@ -3,7 +3,7 @@
  *
  *   TICKS n     meets                     NO_SLICE      a futex wait never times out by itself
  *   ABORT       rank 0 may abort          SPURIOUS      a futex wait may return early (a signal)
- *   LEAVE       rank 0 may leave          CRASHES n     ranks that may die, at any step
+ *   LEAVE       rank 0 may leave
  *
  * `timeout` is true where nothing else in the whole model can run; the slices of all who sleep end
  * there. A wait that this happens to MOST_SLICES times has found nothing to act upon. */
@@ -113,7 +113,7 @@ inline sleep_on(r) {
   :: seen >= mine -> skip
   fi;
 #ifndef BUG_NO_REGISTER
-  d_step { header[r].sleepers--; seen = 0 } /* proof: sleep.unregister */
+  atomic { header[r].sleepers--; seen = 0 } /* proof: sleep.unregister */
 #endif
 }
 
@@ -146,7 +146,7 @@ inline await(r) {
      fi
 #endif
   od;
-  d_step { slices[me] = 0; yields = 0; seen = 0 }
+  atomic { slices[me] = 0; yields = 0; seen = 0 }
 }
 
 inline wake_all() {
@@ -160,7 +160,6 @@ inline wake_all() {
 proctype Rank(byte me) {
   byte mine, seen, text, saw, yields, spurious;
   bool won, has_sleepers;
-  {
     do
     :: mine < TICKS ->
 #ifdef ABORT
@@ -197,45 +196,12 @@ proctype Rank(byte me) {
     wake(me);
 #endif
     d_step { FORGET }
-  } unless { d_step { GONE(me) -> asleep_on[me] = N; asleep_at[me] = 0; FORGET } }
-}
-
-proctype Watch(byte me) {
-  bool won;
-  byte peer;
-end_watch:
-  {
-    if /* proof: death.notice */
-    :: atomic { me != 0 && dead[0] && !header[0].left -> peer = 0 }
-    :: atomic { me != 1 && dead[1] && !header[1].left -> peer = 1 }
-    :: atomic { me != 2 && dead[2] && !header[2].left -> peer = 2 }
-    fi;
-    publish_abort(LOST(peer), won); /* proof: death.report */
-    if
-    :: won -> wake_all()
-    :: !won -> skip
-    fi;
-    d_step { peer = 0; won = false }
-  } unless { d_step { GONE(me) -> peer = 0; won = false } }
 }
 
 init {
   atomic {
     run Rank(0);
     run Rank(1);
-    run Rank(2);
-#if CRASHES > 0
-    run Watch(0);
-    run Watch(1);
-    run Watch(2)
-#endif
+    run Rank(2)
   }
-#if CRASHES > 0
-  if
-  :: dead[0] = true
-  :: dead[1] = true
-  :: dead[2] = true
-  :: true -> skip
-  fi
-#endif
 }
