@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0
- * What the models share: three ranks, their deaths, the abort record. A comment "proof: LABEL" names
+ * What the models share: three ranks, their deaths, the abort record. A comment that says proof and a label names
  * a step; csrc carries the same comment where that step is.
  *
  * A rank is a process of the model inside `unless (GONE(me))`: the escape is tried before every
@@ -86,6 +86,9 @@ inline observe_abort() {
   fi;
   d_step {
     assert(agreed == 0 || agreed == saw);
+#ifdef NAMES_THE_DEAD /* what is reported has a culprit */
+    assert(saw != UNKNOWN);
+#endif
     agreed = saw
   }
 }

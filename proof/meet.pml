@@ -6,7 +6,7 @@
  *   RING n        lines per rank (C++: 4)           FREEZES n     ranks that may stop for ever
  *   SHARED        slice per rank and second meet    SLOW          any rank may stop and resume
  *   MISMATCH      rank 2 calls something else last  EARLY_LEAVE   rank 1 may close at any call
- *   CALLER_ABORT  rank 0 may call abort()           SLOW_CLAIMER, ABORT_ONE_STEP: see README.md */
+ *   CALLER_ABORT  rank 0 may call abort()           SLOW_CLAIMER, ABORT_ONE_STEP, NAMES_THE_DEAD: see README.md */
 #include "group.h"
 
 #ifndef SEQS
