@@ -84,7 +84,6 @@ holds "meet: shared, a stop and resume" meet.pml -DSEQS=2 -DSHARED -DSLOW
 holds "meet: shared, a stop for ever" meet.pml -DSEQS=2 -DSHARED -DFREEZES=1
 holds "meet: barriers, a death at any step" meet.pml -DSEQS=2 -DCRASHES=1
 holds "meet: shared, a death at any step" meet.pml -DSEQS=1 -DSHARED -DCRASHES=1
-holds "meet: barrier, two deaths" meet.pml -DSEQS=1 -DCRASHES=2
 holds "meet: mismatch" meet.pml -DSEQS=2 -DSHARED -DMISMATCH
 holds "meet: mismatch and a stop" meet.pml -DSEQS=2 -DMISMATCH -DSLOW
 holds "meet: one leaves early" meet.pml -DSEQS=2 -DSHARED -DEARLY_LEAVE
