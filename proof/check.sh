@@ -141,7 +141,9 @@ caught "NEED the slice, for a leave" sleep.pml -DTICKS=1 -DLEAVE -DNO_SLICE
 if [ -z "$pattern" ]; then
   sort -u "$work/all" >"$work/all.sorted"
   sort -u "$work/reached" >"$work/reached.sorted"
-  unreached=$(comm -23 "$work/all.sorted" "$work/reached.sorted" | grep -v "/dev/null")
+  # check(1) finds no mismatch: check(0) has found it
+  exempt=$(grep -n 'text = MISMATCHED' "$here/meet.pml" | sed 's/:.*//; s/^/meet.pml:/')
+  unreached=$(comm -23 "$work/all.sorted" "$work/reached.sorted" | grep -vxF "$exempt")
   [ -z "$unreached" ] || complain "never reached in any configuration: $(echo $unreached)"
 fi
 [ $failures -eq 0 ] || { echo "proof: $failures failed" >&2; exit 1; }

@@ -80,7 +80,7 @@ inline publish_abort(text, won) {
 inline observe_abort() {
   if /* proof: abort.observe */
   :: record == PUBLISHED -> saw = reason
-#ifndef ABORT_ONE_STEP
+#if !defined(ABORT_ONE_STEP) && !defined(NOBODY_DIES)
   :: record == CLAIMED && EXPIRED -> saw = UNKNOWN
 #endif
   fi;

@@ -7,6 +7,7 @@
  *
  * `timeout` is true where nothing else in the whole model can run; the slices of all who sleep end
  * there. A wait that this happens to MOST_SLICES times has found nothing to act upon. */
+#define NOBODY_DIES
 #include "group.h"
 
 #ifndef TICKS
