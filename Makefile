@@ -1,4 +1,4 @@
-# make demo | test | soak | lint | format | bench | gpu-check | clean      (PYTHON=, VENV=, TORCH=, ARGS= may be set)
+# make demo | test | sanitize | soak | lint | format | bench | gpu-check | clean      (PYTHON=, VENV=, TORCH=, ARGS= may be set)
 # Each target does the set-up that it needs, on a bare clone too; what has not changed is not done again.
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +10,7 @@ SETUP = PY=$$(sh scripts/setup.sh) && export PATH="$$(dirname "$$PY"):$$PATH"
 SETUP_DEV = PY=$$(sh scripts/setup.sh dev) && export PATH="$$(dirname "$$PY"):$$PATH"
 CXX_FILES = find csrc bench tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 
-.PHONY: demo test ctest pytest soak lint format bench gpu-check setup clean
+.PHONY: demo test ctest pytest sanitize soak lint format bench gpu-check setup clean
 
 setup:
 	@$(SETUP) && echo "$$PY"
@@ -29,6 +29,15 @@ ctest:
 	@$(SETUP) && cmake --log-level=WARNING -S . -B build/csrc -G Ninja -DTPN_MODULE=OFF -DTPN_TESTS=ON \
 	  -DCMAKE_CXX_FLAGS_RELEASE=-O2 -DPython_EXECUTABLE="$$PY" && \
 	cmake --build build/csrc && ctest --test-dir build/csrc --output-on-failure
+
+# ASan with UBSan, then TSan for the tests that say that their ranks are threads
+sanitize:
+	@$(SETUP) && for kind in address thread; do \
+	  tree=build/$$(echo $$kind | sed 's/address/asan/; s/thread/tsan/') && echo "== $$tree" && \
+	  cmake --log-level=WARNING -S . -B $$tree -G Ninja -DTPN_MODULE=OFF -DTPN_TESTS=ON -DTPN_SANITIZE=$$kind \
+	    -DTPN_CUDA=OFF -DPython_EXECUTABLE="$$PY" && \
+	  cmake --build $$tree && ctest --test-dir $$tree --output-on-failure || exit 1; \
+	done
 
 soak:
 	@$(SETUP) && exec "$$PY" -m pytest -m soak --timeout 7200 $(ARGS)

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The protocol with ranks as threads: collectives against plain sums, and every way to fail.
+// TSan: ranks are threads.
 #include <chrono>
 #include <cstring>
 #include <random>

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The reduction kernels against a scalar oracle that shares no code with them, bit by bit: every
 // variant that this CPU runs, all dtypes and operations, counts around the block, any alignment.
+// TSan: no processes.
 #include <algorithm>
 #include <bit>
 #include <cmath>
