@@ -3,7 +3,8 @@ deadline kills it.
 
 ``run_ranks(fn, world_size, *args)`` runs the module-level ``fn(group, *args)`` on every rank and
 returns the results in rank order. The first rank that failed is the one whose traceback is raised.
-``World`` is the same with the processes in reach, for tests that kill them.
+``World`` is the same with the processes in reach, for tests that kill them. Ranks are forked from a
+server that has imported torch (``fork_server.py``); ``fresh=True`` starts an interpreter for each.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import uuid
 from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
+
+from fork_server import ForkedProcess, fork_server, stop_fork_server
 
 DEADLINE_S = 60.0
 GRACE_S = 5.0  # what the others get after the first failure
@@ -45,8 +48,8 @@ class Outcome:
 
 
 class World:
-    """``size`` fresh rank processes. ``init_args`` go to ``init_tensor_parallel``; ``env``
-    overrides per rank.
+    """``size`` new rank processes. ``init_args`` go to ``init_tensor_parallel``; ``env``
+    overrides per rank, with ``fresh`` also what is read when torch is imported.
     """
 
     def __init__(
@@ -55,10 +58,11 @@ class World:
         *,
         env: list[dict[str, str]] | None = None,
         ranks: list[int] | None = None,
+        fresh: bool = False,
         **init_args: Any,
     ) -> None:
         self.size = size
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[subprocess.Popen[bytes] | ForkedProcess] = []
         self.pipes: list[Connection] = []
         run_id = uuid.uuid4().hex
         for index, rank in enumerate(ranks if ranks is not None else range(size)):
@@ -75,16 +79,8 @@ class World:
                 "OMP_NUM_THREADS": "1",
                 **(env[index] if env else {}),
             }
-            command = [
-                sys.executable,
-                __file__,
-                str(theirs.fileno()),
-                repr(sys.path),
-                repr(init_args),
-            ]
-            self.processes.append(
-                subprocess.Popen(command, env=rank_env, pass_fds=[theirs.fileno()])
-            )
+            start = _start_fresh if fresh else fork_server().fork
+            self.processes.append(start(theirs, rank_env, init_args))
             theirs.close()
             self.pipes.append(ours)
 
@@ -186,12 +182,21 @@ def run_ranks(
 
 @atexit.register
 def stop_worlds() -> None:
-    """End all live worlds."""
+    """End all live worlds, then the server that forked them."""
     while _worlds:
         _worlds.popitem()[1].stop()
+    stop_fork_server()
 
 
-def _serve(pipe: Connection, init_args: dict[str, Any]) -> None:
+def _start_fresh(
+    pipe: Connection, env: dict[str, str], init_args: dict[str, Any]
+) -> subprocess.Popen[bytes]:
+    command = [sys.executable, __file__, str(pipe.fileno()), repr(sys.path), repr(init_args)]
+    return subprocess.Popen(command, env=env, pass_fds=[pipe.fileno()])
+
+
+def serve(pipe: Connection, init_args: dict[str, Any]) -> None:
+    """A rank's life: run what comes through ``pipe`` until it is closed."""
     import torch
 
     import tp_native as tp
@@ -232,4 +237,4 @@ if __name__ == "__main__":
     sys.path[:] = eval(sys.argv[2])
     import harness  # not __main__: its classes travel between the processes
 
-    harness._serve(Connection(int(sys.argv[1])), eval(sys.argv[3]))
+    harness.serve(Connection(int(sys.argv[1])), eval(sys.argv[3]))
