@@ -1,4 +1,4 @@
-# make demo | test | sanitize | soak | lint | format | bench | gpu-check | clean      (PYTHON=, VENV=, TORCH=, ARGS= may be set)
+# make demo | test | sanitize | coverage | soak | lint | format | bench | gpu-check | clean      (PYTHON=, VENV=, TORCH=, ARGS= may be set)
 # Each target does the set-up that it needs, on a bare clone too; what has not changed is not done again.
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +10,7 @@ SETUP = PY=$$(sh scripts/setup.sh) && export PATH="$$(dirname "$$PY"):$$PATH"
 SETUP_DEV = PY=$$(sh scripts/setup.sh dev) && export PATH="$$(dirname "$$PY"):$$PATH"
 CXX_FILES = find csrc bench tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 
-.PHONY: demo test ctest pytest sanitize soak lint format bench gpu-check setup clean
+.PHONY: demo test ctest pytest sanitize coverage soak lint format bench gpu-check setup clean
 
 setup:
 	@$(SETUP) && echo "$$PY"
@@ -38,6 +38,18 @@ sanitize:
 	    -DTPN_CUDA=OFF -DPython_EXECUTABLE="$$PY" && \
 	  cmake --build $$tree && ctest --test-dir $$tree --output-on-failure || exit 1; \
 	done
+
+# C++ lines that the C++ tests reach, then Python lines that pytest reaches, ranks and commands included.
+# Two tables; pytest's summary is the last line. -u: what a forked rank counted is kept (tests/csrc/test_shm.cpp).
+# Counting slows a rank down: a C++ test that is too slow for its own deadlines is told, and counted all the same.
+coverage:
+	@$(SETUP_DEV) && cmake --log-level=WARNING -S . -B build/gcov -G Ninja -DTPN_MODULE=OFF -DTPN_TESTS=ON \
+	  -DTPN_CUDA=OFF -DCMAKE_CXX_FLAGS_RELEASE="-Og -g --coverage -fprofile-update=atomic" \
+	  -DCMAKE_EXE_LINKER_FLAGS=-Wl,-u,__gcov_dump -DPython_EXECUTABLE="$$PY" && \
+	cmake --build build/gcov && find build/gcov -name '*.gcda' -delete && \
+	{ ctest --test-dir build/gcov || echo "coverage: counted although a test failed"; } && \
+	gcovr --merge-lines --root . --filter csrc/ build/gcov && \
+	exec "$$PY" -m pytest --cov --cov-report=term $(ARGS)
 
 soak:
 	@$(SETUP) && exec "$$PY" -m pytest -m soak --timeout 7200 $(ARGS)
