@@ -1,0 +1,360 @@
+"""Groups under random programs, against a model of what each call must do; and forked children."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, assume, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import run_state_machine_as_test as run_machine
+
+import tp_native as tp
+from harness import World
+from tp_native.group import Group
+
+SIZE = 2
+STEP_S = 20.0  # no step may need it, whatever happened before
+Answer = tuple[str, Any]  # ("value", value) or the error's class and text
+
+# -- what a rank does, one step at a time
+
+
+class Mine:
+    """This rank process's groups and tensors, from step to step."""
+
+    groups: list[Group] = []  # noqa: RUF012
+    held: list[tuple[torch.Tensor, float]] = []  # noqa: RUF012
+    baseline: tuple[int, int] | None = None
+
+
+def descriptors_and_maps() -> tuple[int, int]:
+    maps = Path("/proc/self/maps").read_text()
+    return len(os.listdir("/proc/self/fd")), maps.count("memfd:tp_native")
+
+
+def forget_all(_: Group) -> tuple[int, int]:
+    """Close and drop everything; how many descriptors and mappings that leaves."""
+    if tp.current_group().name != "tp:alone":
+        tp.current_group().close()
+    Mine.groups.clear()
+    Mine.held.clear()
+    gc.collect()
+    return descriptors_and_maps()
+
+
+def collective(group: Group, kind: str, count: int) -> float:
+    """One collective; a number that is the same on all ranks."""
+    mine = torch.full((count,), float(group.rank + 1))
+    if kind == "all_reduce":
+        return float(group.all_reduce_(mine).sum())
+    if kind == "shared":
+        return float(group.all_reduce_(group.empty_shared(count).copy_(mine)).sum())
+    if kind == "all_gather":
+        return float(group.all_gather(mine).sum())
+    if kind == "broadcast":
+        return float(group.broadcast_(mine, 1).sum())
+    if kind == "reduce_scatter":
+        parts = group.reduce_scatter(torch.full((2 * count,), float(group.rank + 1)))
+        return float(parts.sum())
+    if kind == "linear":
+        layer = tp.RowParallelLinear(4, 4, bias=False, group=group)
+        with torch.no_grad():
+            layer.weight.fill_(1.0)
+            return float(layer(torch.ones(count, layer.local_in_features)).sum())
+    group.barrier()
+    return 0.0
+
+
+def expected_of(kind: str, count: int) -> float:
+    ranks = sum(range(1, SIZE + 1))
+    return {
+        "all_reduce": float(ranks * count),
+        "shared": float(ranks * count),
+        "all_gather": float(ranks * count),
+        "broadcast": 2.0 * count,
+        "reduce_scatter": float(ranks * count),
+        "linear": 16.0 * count,
+        "barrier": 0.0,
+    }[kind]
+
+
+KINDS = ["all_reduce", "shared", "all_gather", "broadcast", "reduce_scatter", "linear", "barrier"]
+
+
+def simulated(thread: Group, outer: Group, is_used: bool) -> float:
+    assert tp.current_group() is thread
+    total = float(thread.all_reduce_(torch.ones(1)))
+    if is_used and thread.rank == 0:  # a collective of processes from within a thread rank
+        total += float(outer.all_reduce_(torch.ones(1))) - outer.size
+    thread.barrier()
+    return total
+
+
+def act(step: str, index: int, args: tuple[Any, ...]) -> Any:
+    if step == "init":
+        group = tp.init_tensor_parallel(init_timeout_s=10.0, timeout_s=10.0)
+        is_new = group not in Mine.groups
+        if is_new:
+            Mine.groups.append(group)
+        assert tp.current_group() is group is tp.init_tensor_parallel()
+        return is_new
+    if step == "hold":
+        value = args[0]
+        t = Mine.groups[index].empty_shared(3000).fill_(value)
+        Mine.held.append((t, value))
+        return None
+    if step == "look":
+        return all(bool((t == value).all()) for t, value in Mine.held)
+    if step == "drop":
+        del Mine.held[:: args[0]]
+        gc.collect()
+        return None
+    group = Mine.groups[index]
+    if step == "close":
+        group.close()
+        return None
+    if step == "abort":
+        group.abort(args[0])
+        return None
+    if step == "stats":
+        stats, log = group.stats(), group.op_log()
+        assert all(type(v) is int and v >= 0 for v in stats.values()), stats
+        assert [entry[0] for entry in log] == list(range(len(log) + 1))[1:], log
+        return None
+    if step == "copy":
+        assert copy.deepcopy(group) is group
+        with pytest.raises(TypeError, match="cannot be pickled"):
+            pickle.dumps(group)
+        return None
+    if step == "simulate":
+        return tp.simulate(simulated, 2, group, args[0])
+    if step == "raise":
+        with group:
+            raise ValueError("told to")
+    if step == "wait":
+        group.barrier(timeout_s=args[0])
+        return None
+    return collective(group, step, *args)
+
+
+def perform(_: Group, steps: list[tuple[str, int, tuple[Any, ...]]]) -> list[Answer]:
+    """``steps``: one for each rank."""
+    step, index, args = steps[_.rank]
+    if step == "nothing":
+        return [("value", None)]
+    try:
+        return [("value", act(step, index, args))]
+    except AssertionError:
+        raise
+    except Exception as error:
+        return [(type(error).__name__, str(error))]
+
+
+# -- the model
+
+
+class Life(RuleBasedStateMachine):
+    """All ranks follow one program; some steps make one rank deviate. ``state``: of the newest
+    group, by rank: open, closed, or the text that all its later collectives must raise.
+    """
+
+    world: World
+
+    @initialize()
+    def begin(self) -> None:
+        self.count = 0
+        self.state = ["closed"] * SIZE
+        left = self.world.run(forget_all, deadline_s=STEP_S)
+        for rank, found in enumerate(left):
+            known = self.world.__dict__.setdefault("baseline", {})
+            assert known.setdefault(rank, found) == found, "descriptors or mappings have leaked"
+
+    def do(self, *steps: tuple[Any, ...]) -> list[Answer]:
+        """Perform ``(step, group, *arguments)``, one for all ranks or one for each."""
+        if len(steps) == 1:
+            steps = steps * SIZE
+        sent = [(s[0], s[1] if len(s) > 1 else -1, tuple(s[2:])) for s in steps]
+        return [found[0] for found in self.world.run(perform, sent, deadline_s=STEP_S)]
+
+    def expect_failure(self, answer: Answer, rank: int) -> None:
+        kind, text = answer
+        assert kind != "value", (answer, self.state)
+        state = self.state[rank]
+        if state == "closed":
+            assert kind == "TensorParallelError" and "closed" in text, answer
+        elif state.startswith("?"):  # it failed elsewhere: this is the first that this rank hears
+            assert state[1:] in text, (answer, self.state)
+            self.state[rank] = "=" + kind + text
+        else:
+            assert state == "=" + kind + text, (answer, self.state)
+
+    @property
+    def is_open(self) -> bool:
+        return self.state == ["open"] * SIZE
+
+    # every rank the same
+
+    @rule()
+    @precondition(lambda self: len({s == "closed" for s in self.state}) == 1)
+    def init(self) -> None:
+        is_new = self.state[0] == "closed"
+        assert self.do(("init",)) == [("value", is_new)] * SIZE
+        if is_new:
+            self.count += 1
+            self.state = ["open"] * SIZE
+
+    @rule(kind=st.sampled_from(KINDS), count=st.sampled_from([1, 3, 700, 5000]))
+    @precondition(lambda self: self.count > 0)
+    def use(self, kind: str, count: int) -> None:
+        answers = self.do((kind, -1, count))
+        for rank, answer in enumerate(answers):
+            if self.is_open:
+                assert answer == ("value", expected_of(kind, count))
+            else:
+                self.expect_failure(answer, rank)
+
+    @rule(kind=st.sampled_from(KINDS))
+    @precondition(lambda self: self.count > 1)
+    def use_an_old_group(self, kind: str) -> None:
+        for answer in self.do((kind, 0, 3)):
+            assert answer[0] == "TensorParallelError" and "closed" in answer[1], answer
+
+    @rule(times=st.sampled_from([1, 1, 2]))
+    @precondition(lambda self: self.count > 0)
+    def close(self, times: int) -> None:
+        for _ in range(times):
+            assert self.do(("close",)) == [("value", None)] * SIZE
+        self.state = ["closed"] * SIZE
+
+    @rule(value=st.sampled_from([1.5, 2.5, -3.0]))
+    @precondition(lambda self: self.count > 0)
+    def hold(self, value: float) -> None:
+        for rank, answer in enumerate(self.do(("hold", -1, value))):
+            is_closed = self.state[rank] == "closed"
+            assert (answer[0] == "TensorParallelError") == is_closed, answer
+
+    @rule(stride=st.integers(1, 3))
+    def drop(self, stride: int) -> None:
+        assert self.do(("drop", -1, stride)) == [("value", None)] * SIZE
+
+    @rule()
+    def look(self) -> None:
+        assert self.do(("look",)) == [("value", True)] * SIZE
+
+    @rule(what=st.sampled_from(["stats", "copy"]))
+    @precondition(lambda self: self.count > 0)
+    def ask(self, what: str) -> None:
+        # what a group says after a failure: see test_the_log_has_no_blank_entries
+        assume(what != "stats" or self.is_open)
+        assert self.do((what,)) == [("value", None)] * SIZE
+
+    @rule(is_used=st.booleans())
+    @precondition(lambda self: self.count > 0)
+    def simulate(self, is_used: bool) -> None:
+        for rank, answer in enumerate(self.do(("simulate", -1, is_used))):
+            if self.is_open or not is_used:
+                assert answer == ("value", [2.0, 2.0])
+            else:
+                self.expect_failure(answer, rank)
+
+    # one rank deviates
+
+    @rule(rank=st.integers(0, SIZE - 1), kind=st.sampled_from(KINDS))
+    @precondition(lambda self: self.is_open)
+    def close_early(self, rank: int, kind: str) -> None:
+        steps = [(kind, -1, 3)] * SIZE
+        steps[rank] = ("close", -1)  # type: ignore[assignment]
+        answers = self.do(*steps)
+        for other, answer in enumerate(answers):
+            self.state[other] = "closed" if other == rank else "?left the group"
+            if other != rank:
+                assert answer[0] == "PeerLostError" and f"rank {rank} " in answer[1], answer
+                self.expect_failure(answer, other)
+
+    @rule(rank=st.integers(0, SIZE - 1))
+    @precondition(lambda self: self.is_open)
+    def abort(self, rank: int) -> None:
+        steps: list[tuple[Any, ...]] = [("barrier", -1, 0)] * SIZE
+        steps[rank] = ("abort", -1, "on purpose")
+        answers = self.do(*steps)
+        self.state = [f"?rank {rank} aborted the group: on purpose"] * SIZE
+        for other, answer in enumerate(answers):
+            if other != rank:
+                self.expect_failure(answer, other)
+
+    @rule(rank=st.integers(0, SIZE - 1))
+    @precondition(lambda self: self.is_open)
+    def raise_inside_with(self, rank: int) -> None:
+        steps: list[tuple[Any, ...]] = [("all_reduce", -1, 3)] * SIZE
+        steps[rank] = ("raise", -1)
+        answers = self.do(*steps)
+        for other, answer in enumerate(answers):
+            if other == rank:
+                assert answer == ("ValueError", "told to")
+                self.state[other] = "closed"
+            else:
+                self.state[other] = f"?rank {rank} aborted the group: ValueError: told to"
+                self.expect_failure(answer, other)
+
+    @rule(rank=st.integers(0, SIZE - 1))
+    @precondition(lambda self: self.is_open)
+    def skip(self, rank: int) -> None:
+        steps: list[tuple[Any, ...]] = [("wait", -1, 0.05)] * SIZE
+        steps[rank] = ("nothing",)
+        answers = self.do(*steps)
+        self.state = [f"?rank {rank} (pid"] * SIZE
+        for other, answer in enumerate(answers):
+            if other != rank:
+                assert answer[0] == "CollectiveTimeoutError", answer
+                self.expect_failure(answer, other)
+
+    @rule(pair=st.lists(st.sampled_from(KINDS), min_size=SIZE, max_size=SIZE, unique=True))
+    @precondition(lambda self: self.is_open)
+    def mismatch(self, pair: list[str]) -> None:
+        assume(sorted(pair) != ["all_reduce", "shared"])  # the same operation
+        answers = self.do(*[(kind, -1, 3) for kind in pair])
+        self.state = ["?entered different collectives"] * SIZE
+        for rank, answer in enumerate(answers):
+            assert answer[0] == "CollectiveMismatchError", answer
+            self.expect_failure(answer, rank)
+
+
+def live(sequences: int) -> None:
+    world = World(SIZE)
+    try:
+        world.run(forget_all)
+        machine = type("Life", (Life,), {"world": world})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run_machine(
+                machine,
+                settings=settings(
+                    max_examples=sequences,
+                    stateful_step_count=15,
+                    deadline=None,
+                    derandomize=sequences < 1000,
+                    database=None,
+                    suppress_health_check=list(HealthCheck),
+                ),
+            )
+    finally:
+        world.kill()
+
+
+def test_50_random_lives() -> None:
+    live(50)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+def test_10000_random_lives() -> None:
+    live(10_000)
