@@ -100,8 +100,9 @@ def check(world_size: int, layers: list[list[int]], backend: str, is_recomputed:
         assert its_eager == eager, rank
         assert its_compiled == compiled, rank
         assert worst <= 1e-5  # float32, another order of additions at most
-    assert sorted(compiled) == sorted(eager)
-    if not is_recomputed:  # the compiler chooses itself what it recomputes, alike on all ranks
+    if is_recomputed:  # what it recomputes is the compiler's choice, but the same on all ranks
+        assert set(compiled) == set(eager) and 2 * pairs < len(compiled) <= len(eager)
+    else:
         assert compiled == eager
 
 
