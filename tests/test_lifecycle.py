@@ -22,6 +22,7 @@ from hypothesis.stateful import run_state_machine_as_test as run_machine
 import tp_native as tp
 from harness import World
 from test_exits import Nursery, nursery, script
+from test_soak import all_collectives
 from tp_native.group import Group
 
 __all__ = ["nursery"]  # a fixture, shared
@@ -366,6 +367,13 @@ def test_10000_random_lives() -> None:
     live(10_000)
 
 
+# -- the most ranks that there may be
+
+
+def test_16_thread_ranks_run_every_collective() -> None:
+    assert tp.simulate(all_collectives, 16) == [380.0] * 16
+
+
 # -- what the log says of operations that never began
 
 
@@ -387,43 +395,39 @@ def test_the_log_has_no_blank_entries() -> None:
 # -- row 20: forks
 
 
-def in_child(group: Group, how: int) -> None:
-    """Runs in a forked child, which must not hang: SIGALRM ends it then."""
-    signal.alarm(10)
-    refused = 0
-    with torch.no_grad():
-        for use in (
-            lambda: group.all_reduce_(torch.ones(3)),
-            lambda: group.all_gather(torch.ones(300)),
-            lambda: group.broadcast_(torch.ones(3), 1),
-            group.barrier,
-        ):
-            try:
-                use()
-            except tp.TensorParallelError as error:
-                refused += "was made before fork()" in str(error)
-    group.abort("from a child")
-    if how % 2:
-        group.close()
-    if refused != 4:
-        os._exit(50 + refused)
-
-
-def ends_child(how: int) -> None:
-    if how == 0:
-        os._exit(11)
-    if how == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if how == 2:
-        sys.exit(12)
-    raise LookupError("on purpose")
-
-
 CHILD_ENDS = [11, -signal.SIGKILL, 12, 1]
 FORKS = """
     import io
-    sys.path.insert(0, {tests!r})
-    from test_lifecycle import in_child, ends_child, CHILD_ENDS
+    CHILD_ENDS = {ends}
+    def in_child(group, how):
+        signal.alarm(10)  # a hang ends the child
+        refused = 0
+        with torch.no_grad():
+            for use in (
+                lambda: group.all_reduce_(torch.ones(3)),
+                lambda: group.all_gather(torch.ones(300)),
+                lambda: group.broadcast_(torch.ones(3), 1),
+                group.barrier,
+            ):
+                try:
+                    use()
+                except tp.TensorParallelError as error:
+                    refused += "was made before fork()" in str(error)
+        group.abort("from a child")
+        if how % 2:
+            group.close()
+        if refused != 4:
+            os._exit(50 + refused)
+
+
+    def ends_child(how):
+        if how == 0:
+            os._exit(11)
+        if how == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == 2:
+            sys.exit(12)
+        raise LookupError("on purpose")
     group = tp.init_tensor_parallel(timeout_s=30.0)
     held = group.empty_shared(4000).fill_(2.0)
     rounds = {rounds}
@@ -456,9 +460,9 @@ FORKS = """
 """
 
 
-@pytest.mark.parametrize("forks", [12, pytest.param(100, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("forks", [4, pytest.param(100, marks=pytest.mark.soak)])
 def test_forks_amid_collectives_harm_nobody(nursery: Nursery, forks: int) -> None:
-    text = FORKS.format(tests=str(Path(__file__).parent), forks=forks, rounds=150 * forks)
+    text = FORKS.format(ends=CHILD_ENDS, forks=forks, rounds=150 * forks)
     ranks = nursery.job(*[script(text)] * SIZE)
     ends = nursery.ends(ranks, 100)
     assert [end.status for end in ends] == [0] * SIZE, [rank.errors() for rank in ranks]

@@ -91,3 +91,40 @@ def test_100_sigkills_at_random_moments() -> None:
     )
     assert delays[-1] <= 0.1
     assert shared_memory_names() == before
+
+
+def all_collectives(group: Group) -> float:
+    """Every collective at sizes that are staged, shared and shorter than the world."""
+    rank, size = group.rank, group.size
+    for count in (1, 7, size, 5000, 60_001):
+        parts = [rank_data((count,), torch.float32, r, count) for r in range(size)]
+        total = reduce_in_rank_order(parts)
+        assert torch.equal(group.all_reduce_(parts[rank].clone()), total)
+        shared = group.empty_shared(count).copy_(parts[rank])
+        assert torch.equal(group.all_reduce_(shared), total)
+        assert torch.equal(group.all_gather(parts[rank]), torch.cat(parts))
+        assert torch.equal(group.broadcast_(parts[rank].clone(), size - 1), parts[size - 1])
+        cut = tp.Partition.even(count, size)
+        assert torch.equal(group.reduce_scatter(parts[rank]), total[cut.slice(rank)])
+        uneven = tp.Partition.from_sizes([r % 3 for r in range(size)])
+        mine = torch.full((2, uneven[rank]), float(rank))
+        gathered = group.all_gather(mine, 1, uneven)
+        wanted = [float(r) for r in range(size) for _ in range(r % 3)]
+        assert gathered.tolist() == [wanted, wanted]
+        group.barrier()
+    layer = tp.RowParallelLinear(37, 5, group=group).double()
+    with torch.no_grad():
+        layer.weight.fill_(1.0)
+        assert layer.bias is not None
+        layer.bias.fill_(1.0)
+        return float(layer(torch.ones(2, layer.local_in_features, dtype=torch.float64)).sum())
+
+
+def test_16_processes_run_every_collective() -> None:
+    world = World(16)
+    try:
+        for _ in range(20):
+            assert world.run(all_collectives, deadline_s=300) == [380.0] * 16
+        assert world.stop(60) == [0] * 16
+    finally:
+        world.kill()
