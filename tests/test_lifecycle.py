@@ -7,7 +7,6 @@ import gc
 import os
 import pickle
 import signal
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -471,7 +470,7 @@ def test_forks_amid_collectives_harm_nobody(nursery: Nursery, forks: int) -> Non
 LOADER = """
     group = tp.init_tensor_parallel(timeout_s=30.0)
     made = group.all_reduce_(group.empty_shared(64, 3).fill_(1.0))  # a data set in shared memory
-    before = len(os.listdir("/proc/self/fd"))
+    counts = []
     for epoch in range({epochs}):
         loader = torch.utils.data.DataLoader(
             torch.utils.data.TensorDataset(made), batch_size=8, num_workers=2,
@@ -481,13 +480,13 @@ LOADER = """
             group.all_reduce_(batch)
             assert bool((batch == group.size ** 2).all())
         del loader, batch
-    left = len(os.listdir("/proc/self/fd"))
-    assert left <= before + 1, (before, left)  # torch's own resource, made once
+        counts.append(len(os.listdir("/proc/self/fd")))
+    assert len(set(counts)) == 1, counts  # torch keeps some of its own from the first on
     group.barrier()
 """
 
 
-@pytest.mark.parametrize("epochs", [1, pytest.param(25, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("epochs", [2, pytest.param(25, marks=pytest.mark.soak)])
 def test_a_data_loaders_workers_harm_nobody(nursery: Nursery, epochs: int) -> None:
     ranks = nursery.job(*[script(LOADER.format(epochs=epochs))] * SIZE)
     ends = nursery.ends(ranks, 100)
