@@ -481,7 +481,8 @@ LOADER = """
             assert bool((batch == group.size ** 2).all())
         del loader, batch
         counts.append(len(os.listdir("/proc/self/fd")))
-    assert len(set(counts)) == 1, counts  # torch keeps some of its own from the first on
+    # torch's queues go one epoch later, four descriptors each
+    assert max(counts) - min(counts) <= 8, counts
     group.barrier()
 """
 
