@@ -375,7 +375,7 @@ def signal_once(
     told = ranks if whom == "all" else ranks[1:]
     for rank in told:
         rank.signal(number)
-    ends = nursery.ends(ranks, SIGNAL_S + FINAL_S)
+    ends = nursery.ends(ranks, SIGNAL_S + (FINAL_S if whom == "all" else 2.0))
     case = (ends, [rank.errors() for rank in ranks])
     for rank, end in zip(ranks, ends, strict=True):
         assert end.at - at <= SIGNAL_S or end.status > 0, case  # > 0: Python's own end is in it
