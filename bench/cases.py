@@ -1,6 +1,7 @@
 """The all-reduce under test, through each library, with the check of its result.
 
-Producer/consumer mode; ``cases.h`` does the same in C++. Knows nothing of which libraries there are.
+Producer/consumer mode; ``cases.h`` does the same in C++. Knows nothing of which libraries there
+are.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def all_reduce_row(
     ours: dict[str, AllReduce],
     plan: Plan,
 ) -> dict[str, Any]:
-    """All of them at one size; "shared" works on a shared tensor, every other on an ordinary one."""
+    """All at one size; "shared" works on a shared tensor, every other on an ordinary one."""
     kind = DTYPES[dtype]
     count = size // kind.itemsize
     sources = [

@@ -46,7 +46,7 @@ class Peer(ABC):
     def join(self, group: tp.Group) -> None:
         """Meet the other ranks. Collective; torch.distributed is up."""
 
-    def leave(self) -> None:
+    def leave(self) -> None:  # noqa: B027
         """After the last collective."""
 
     def launcher(self, size: int) -> list[str]:

@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,12 @@ from timing import pin_rank
 
 DEADLINE_S = 900.0
 RANK_NAMES = ("PMI_RANK", "OMPI_COMM_WORLD_RANK")  # what MPI launchers set
+_libc = ctypes.CDLL(None)
+
+
+def end_with_parent(how: signal.Signals) -> None:
+    """Nothing outlives the benchmark; a launcher needs SIGTERM to end its ranks."""
+    _libc.prctl(1, how)  # PR_SET_PDEATHSIG
 
 
 # -- the parent
@@ -51,7 +58,7 @@ def start_ranks(
             **os.environ,
             "WORLD_SIZE": str(size),
             "LOCAL_WORLD_SIZE": str(size),
-            "MASTER_ADDR": "127.0.0.1",  # names only: Gloo meets over a file, tp_native needs no port
+            "MASTER_ADDR": "127.0.0.1",  # a name only, as the port is: Gloo meets over a file
             "MASTER_PORT": str(os.getpid()),
             "GLOO_SOCKET_IFNAME": "lo",
             "OMP_NUM_THREADS": "1",
@@ -63,7 +70,14 @@ def start_ranks(
         ranks = []
         for rank in range(1 if launcher else size):
             own = {} if launcher else {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            ranks.append(subprocess.Popen(command, env={**env, **own}, stdout=subprocess.DEVNULL))
+            ranks.append(
+                subprocess.Popen(
+                    command,
+                    env={**env, **own},
+                    stdout=subprocess.DEVNULL,
+                    preexec_fn=partial(end_with_parent, signal.SIGTERM),
+                )
+            )
         wait_for(ranks, deadline_s)
         written: dict[str, Any] = json.loads(result.read_text())
         return written
@@ -97,8 +111,8 @@ def wait_for(ranks: list[subprocess.Popen[bytes]], deadline_s: float) -> None:
 
 
 def join_group(timeout_s: float = 60.0) -> tp.Group:
-    """This rank's group, one thread, Gloo beside it, and a core of its own where there are enough."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: nothing outlives the parent
+    """This rank's group, Gloo beside it, one thread, and a core of its own if there are enough."""
+    end_with_parent(signal.SIGKILL)
     parent = os.environ["TPN_BENCH_PARENT"]
     if parent and os.getppid() != int(parent):
         raise SystemExit(1)
