@@ -1,9 +1,10 @@
 """All-reduce beside other libraries' in the same processes: vLLM, DeepSpeed, Intel MPI, Open MPI.
 
 One run per peer, each with Gloo and tp_native on ordinary ("private") and on shared tensors, in
-producer/consumer mode; then a table of ratios against the bars. All are called as torch operators;
-"method" is ``Group.all_reduce_`` on an ordinary tensor, as users call it, and is not judged. A peer
-that is not there is reported with the reason. ``install_peers.sh DIR`` installs them.
+producer/consumer mode; then a table of ratios against the bars. All but Gloo are called as torch
+operators from C++, so that no time of Python's is in them; "method" is ``Group.all_reduce_`` on an
+ordinary tensor, as Python calls it, and is not judged. A peer that is not there is reported with
+the reason. ``install_peers.sh DIR`` installs them.
 """
 
 from __future__ import annotations
@@ -17,12 +18,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from cases import DTYPES, AllReduce, all_reduce_row, size_text
 from peers import PEERS, Peer
 from ranks import join_group, leave_group, start_ranks
-from timing import Plan, environment, plan_facts, write_json
+from timing import Operator, Plan, environment, plan_facts, write_json
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZES = [256, KIB, 4 * KIB, 8 * KIB, 16 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB]
@@ -77,11 +77,9 @@ def run_rank(peer: Peer, sizes: list[int], quick: bool, path: str) -> None:
     group = join_group()
     peer.join(group)
     plan = make_plan(quick, is_crowded(group.size))
-    op, order, name = torch.ops.tp_native.all_reduce_.default, group.order, group.name
-
-    def call(t: Tensor) -> None:
-        op(t, order, "sum", name)
-
+    call = Operator(
+        f"torch.ops.tp_native.all_reduce_(t, extra, 'sum', '{group.name}')", group.order
+    )
     ours: dict[str, AllReduce] = {"private": call, "shared": call, "method": group.all_reduce_}
     rows = []
     for dtype in DTYPES:

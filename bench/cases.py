@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 import tp_native as tp
-from timing import Candidate, Plan, measure, net, producer_consumer
+from timing import Candidate, Operator, Plan, measure, net, producer_consumer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-AllReduce = Callable[[Tensor], object]
+AllReduce = Callable[[Tensor], object] | Operator
 
 
 def check_against(sources: list[Tensor], sink: Tensor, name: str) -> Callable[[], None]:
@@ -54,13 +54,9 @@ def all_reduce_row(
     for path, call in calls.items():
         t = group.empty_shared(count, dtype=kind) if path == "shared" else torch.empty_like(sink)
         t.fill_(1)
-
-        def collective(t: Tensor = t, call: AllReduce = call) -> None:
-            call(t)
-
         name = f"{path}, {dtype}, {size} bytes"
         check = check_against(sources, sink, name)
-        candidates += producer_consumer(path, collective, sources[group.rank], t, sink, check)
+        candidates += producer_consumer(path, call, sources[group.rank], t, sink, check)
     timings = measure(group, candidates, plan)
     row: dict[str, Any] = {"op": "all_reduce", "dtype": dtype, "bytes": size, "verified": True}
     for path in calls:

@@ -3,7 +3,7 @@
 # Puts the libraries that bench_peers.py compares with into folders of their own under DIR, from
 # pip's package index. PYTHON (default python3) is the interpreter that will run the benchmark: what
 # has to be compiled is compiled against its torch. Open MPI is not installed here but taken from
-# the system (Debian: apt install openmpi-bin). Both MPIs need mpi_shim as well.
+# the system (Debian: apt install openmpi-bin). All but DeepSpeed need peer_ops too.
 set -u
 [ $# = 1 ] || { sed -n 2,6p "$0"; exit 2; }
 mkdir -p "$1"
@@ -66,8 +66,8 @@ fi
 unpack impi "impi-rt==$IMPI" && mv "$DIR"/impi/*.data/data/* "$DIR/impi" && chmod +x "$DIR"/impi/bin/*
 report impi $?
 
-compile tpn_bench_mpi "-O2" "$BENCH/mpi_shim.cpp"
-report mpi_shim $?
+compile tpn_bench_peer_ops "-O2" "$BENCH/peer_ops.cpp"
+report peer_ops $?
 command -v mpirun >/dev/null 2>&1
 report openmpi $?
 

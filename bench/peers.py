@@ -1,7 +1,7 @@
 """Other libraries' all-reduce between processes of one host, one adapter each.
 
-``install_peers.sh`` puts them into the folder that the adapters are given. Each is called through
-its cheapest entry: an operator of its own, or of ``mpi_shim.cpp``.
+``install_peers.sh`` puts them into the folder that the adapters are given. Each is called as a
+torch operator: its own, or one of ``peer_ops.cpp``.
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ import shutil
 import subprocess
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 import tp_native as tp
+from timing import Operator
 
 
 class Peer(ABC):
@@ -29,7 +28,7 @@ class Peer(ABC):
     name: ClassVar[str]
     title: ClassVar[str]
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "bfloat16")
-    all_reduce_: Callable[[Tensor], object]  # after join()
+    all_reduce_: Operator  # after join()
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.resolve()
@@ -57,6 +56,10 @@ class Peer(ABC):
         """What its ranks need besides the benchmark's own environment."""
         return {}
 
+    def peer_ops(self) -> Path:
+        """``peer_ops.cpp``, compiled."""
+        return self.folder / "tpn_bench_peer_ops.so"
+
 
 class Vllm(Peer):
     """vLLM's shared-memory all-reduce for CPU tensor parallelism."""
@@ -73,13 +76,14 @@ class Vllm(Peer):
         return self.folder / "vllm" / "vllm" / f"{stem}.abi3.so"
 
     def missing(self) -> str:
-        return missing_files(self.library())
+        return missing_files(self.library(), self.peer_ops())
 
     def version(self) -> str:
         return wheel_version(self.folder / "vllm")
 
     def join(self, group: tp.Group) -> None:
         torch.ops.load_library(str(self.library()))
+        torch.ops.load_library(str(self.peer_ops()))
         names = [f"tpn-bench-{uuid.uuid4().hex}"]
         dist.broadcast_object_list(names)
         ops = torch.ops._C
@@ -87,8 +91,7 @@ class Vllm(Peer):
         dist.barrier()
         ops.join_shm_manager(handle, names[0])
         dist.barrier()
-        call = ops.shm_allreduce.default
-        self.all_reduce_ = lambda t: call(handle, t)
+        self.all_reduce_ = Operator(f"torch.ops.tpn_bench.vllm_all_reduce_(t, {handle})")
 
 
 class DeepSpeed(Peer):
@@ -123,7 +126,7 @@ class DeepSpeed(Peer):
         module.initialize(group.size, group.rank)
         dist.barrier()
         self.remove_segments()  # DeepSpeed never does
-        self.all_reduce_ = torch.ops.deepspeed.inference_all_reduce_.default
+        self.all_reduce_ = Operator("torch.ops.deepspeed.inference_all_reduce_(t)")
 
     @staticmethod
     def remove_segments() -> None:
@@ -136,19 +139,16 @@ class DeepSpeed(Peer):
 class Mpi(Peer):
     """MPI_Allreduce, in place."""
 
-    def shim(self) -> Path:
-        return self.folder / "tpn_bench_mpi.so"
-
     @abstractmethod
     def library(self) -> Path: ...
 
     def join(self, group: tp.Group) -> None:
-        torch.ops.load_library(str(self.shim()))
-        torch.ops.tpn_bench_mpi.join(str(self.library()))
-        self.all_reduce_ = torch.ops.tpn_bench_mpi.all_reduce_.default
+        torch.ops.load_library(str(self.peer_ops()))
+        torch.ops.tpn_bench.mpi_join(str(self.library()))
+        self.all_reduce_ = Operator("torch.ops.tpn_bench.mpi_all_reduce_(t)")
 
     def leave(self) -> None:
-        torch.ops.tpn_bench_mpi.leave()
+        torch.ops.tpn_bench.mpi_leave()
 
 
 class IntelMpi(Mpi):
@@ -164,7 +164,7 @@ class IntelMpi(Mpi):
         return self.folder / "impi" / "bin" / "mpiexec.hydra"
 
     def missing(self) -> str:
-        return missing_files(self.mpiexec(), self.library(), self.shim())
+        return missing_files(self.mpiexec(), self.library(), self.peer_ops())
 
     def version(self) -> str:
         return wheel_version(self.folder / "impi")
@@ -199,7 +199,7 @@ class OpenMpi(Mpi):
         return next(iter(sorted(folder.glob("libmpi.so.*"))), folder / "libmpi.so")
 
     def missing(self) -> str:
-        return missing_files(self.library(), self.shim())
+        return missing_files(self.library(), self.peer_ops())
 
     def version(self) -> str:
         command = ["mpirun", "--version"]
