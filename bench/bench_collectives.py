@@ -15,6 +15,7 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +89,15 @@ def find_microbench() -> Path:
     )
 
 
-def run_microbench(program: Path, quick: bool) -> dict[str, Any]:
+def run_microbench(
+    program: Path, quick: bool, sizes: Sequence[int] | None = None
+) -> dict[str, Any]:
     """The native loops and the physical probes, in processes of their own."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "microbench.json"
         command = [str(program), "--ranks", str(RANKS), "--json", str(path)]
+        if sizes:
+            command += ["--sizes", ",".join(map(str, sizes))]
         subprocess.run(
             [*command, *(["--quick"] if quick else [])],
             check=True,
