@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -17,7 +18,7 @@ BENCH = Path(__file__).parents[1] / "bench"
 
 
 def run(*command: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=60)
+    return subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=110)
 
 
 @pytest.fixture(scope="module")
@@ -88,3 +89,108 @@ def test_bench_collectives_compares_verified_results(microbench: Path, tmp_path:
             assert {"best_us", "median_us", "spread"} <= set(row[path_name])
     check_microbench(result["microbench"], [256, 64 << 10, 1 << 20])
     assert str(result["environment"]["cores"]) in done.stdout
+
+
+PEERS = ["vllm", "deepspeed", "impi", "openmpi"]
+FACTS = {"commit", "torch", "cpu", "cores", "reduce_isa"}
+TIMING = {"best_us", "median_us", "spread"}
+
+
+def test_bench_peers_reports_each_absent_peer_with_the_reason(tmp_path: Path) -> None:
+    path = tmp_path / "peers.json"
+    script = BENCH / "bench_peers.py"
+    done = run(sys.executable, script, "--quick", "--peers", tmp_path / "none", "--json", path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(path.read_text())
+    assert set(result["environment"]) >= FACTS
+    assert [run["peer"] for run in result["runs"]] == PEERS
+    assert result["bars"] == []
+    for peer in result["runs"]:
+        assert "install_peers.sh" in peer["missing"]
+        assert peer["missing"] in done.stdout
+        assert "rows" not in peer
+
+
+@pytest.fixture
+def bench_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+
+
+def peers_result(private_us: float) -> dict[str, Any]:
+    """One run beside vLLM, which takes 3 us at any size."""
+    cases = importlib.import_module("cases")
+    rows = []
+    for dtype in cases.DTYPES:
+        for size in (256, 4 << 20):
+            times = {"gloo": 100.0, "vllm": 3.0, "private": private_us, "shared": 1.0}
+            row: dict[str, Any] = {"op": "all_reduce", "dtype": dtype, "bytes": size}
+            row |= {name: {"best_us": us, "median_us": us} for name, us in times.items()}
+            rows.append(row | cases.ratios(row, ["gloo", "vllm"], ["private", "shared"]))
+    runs = [{"peer": "vllm", "ranks": 2, "crowded": False, "missing": "", "rows": rows}]
+    return {"runs": runs, "environment": {"cpu": "some CPU", "cores": 2}}
+
+
+def test_peers_are_judged_by_size_and_path(bench_modules: None) -> None:
+    bench_peers = importlib.import_module("bench_peers")
+    verdicts = bench_peers.judge(peers_result(private_us=2.9)["runs"])
+    judged = {(v["peer"], v["path"], v["bytes"]): v["passes"] for v in verdicts}
+    assert judged == {
+        ("gloo", "private", 256): True,  # 34 times: 15 are asked for
+        ("gloo", "private", 4 << 20): True,
+        ("gloo", "shared", 256): True,
+        ("gloo", "shared", 4 << 20): True,
+        ("vllm", "private", 256): False,  # 1.03 times: 1.15 are asked for
+        ("vllm", "private", 4 << 20): False,
+        ("vllm", "shared", 256): True,
+        ("vllm", "shared", 4 << 20): True,
+    }
+
+
+def test_a_time_lost_in_the_noise_reaches_no_bar(bench_modules: None) -> None:
+    bench_peers = importlib.import_module("bench_peers")
+    verdicts = bench_peers.judge(peers_result(private_us=-0.5)["runs"])
+    assert not any(v["passes"] for v in verdicts if v["path"] == "private")
+
+
+def test_plot_draws_a_picture(bench_modules: None, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "peers.png"
+    importlib.import_module("plot_collectives").draw(peers_result(private_us=2.0), picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_linear_compares_verified_layers(tmp_path: Path) -> None:
+    path = tmp_path / "linear.json"
+    done = run(sys.executable, BENCH / "bench_linear.py", "--quick", "--json", path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(path.read_text())
+    assert set(result["environment"]) >= FACTS
+    assert result["plan"]["rounds"] >= 9
+    assert [(row["hidden"], row["tokens"]) for row in result["rows"]] == [(1024, 1), (1024, 16)]
+    for row in result["rows"]:
+        assert row["verified"] is True
+        assert row["copies"] >= 3
+        for name in ("tp_native", "gloo", "no_comm", "one_thread", "two_threads"):
+            assert set(row[name]) >= TIMING
+        for name, bar in row["bars"].items():
+            assert bar["passes"] == (bar["ratio"] >= bar["at_least"])
+            assert row[f"{name}_over_tp_native"] > 0
+    assert set(result["rows"][0]["bars"]) == {"gloo", "one_thread"}
+
+
+def test_bench_overhead_subtracts_native_time(microbench: Path, tmp_path: Path) -> None:
+    path = tmp_path / "overhead.json"
+    script = BENCH / "bench_overhead.py"
+    done = run(sys.executable, script, "--quick", "--json", path, "--microbench", microbench)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(path.read_text())
+    assert set(result["environment"]) >= FACTS
+    assert result["verified"] is True
+    times = result["times"]
+    assert set(times) == {"op", "module", "mm_python", "mm", "pair", "scripted"}
+    for name, at_most in (("op", 1.0), ("module", 2.0)):
+        over = result["over_native"][name]
+        native = times["mm"]["best_us"] + result["native_all_reduce"]["best_us"]
+        assert over["best_us"] == pytest.approx(times[name]["best_us"] - native)
+        assert over["at_most_us"] == at_most
+        assert over["passes"] == (over["best_us"] <= at_most)
