@@ -3,9 +3,10 @@
 # Puts the libraries that bench_peers.py compares with into folders of their own under DIR, from
 # pip's package index. PYTHON (default python3) is the interpreter that will run the benchmark: what
 # has to be compiled is compiled against its torch. Open MPI is not installed here but taken from
-# the system (Debian: apt install openmpi-bin). All but DeepSpeed need peer_ops too.
+# the system (Debian: apt install openmpi-bin). All but DeepSpeed need peer_ops too. Needs a C++
+# compiler and ninja.
 set -u
-[ $# = 1 ] || { sed -n 2,6p "$0"; exit 2; }
+[ $# = 1 ] || { sed -n 2,7p "$0"; exit 2; }
 mkdir -p "$1"
 DIR=$(cd "$1" && pwd)
 BENCH=$(cd "$(dirname "$0")" && pwd)
