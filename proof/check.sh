@@ -84,13 +84,11 @@ holds "meet: shared, a stop and resume" meet.pml -DSEQS=2 -DSHARED -DSLOW
 holds "meet: shared, a stop for ever" meet.pml -DSEQS=2 -DSHARED -DFREEZES=1
 holds "meet: barriers, a death at any step" meet.pml -DSEQS=2 -DCRASHES=1
 holds "meet: shared, a death at any step" meet.pml -DSEQS=1 -DSHARED -DCRASHES=1
-holds "meet: abort() and a death" meet.pml -DSEQS=1 -DCRASHES=1 -DCALLER_ABORT
+holds "meet: abort() and a death" meet.pml -DSEQS=1 -DCRASHES=1 -DCALLER_ABORT -DNAMES_THE_DEAD
 holds "meet: mismatch" meet.pml -DSEQS=2 -DSHARED -DMISMATCH
 holds "meet: mismatch and a stop" meet.pml -DSEQS=2 -DMISMATCH -DSLOW
 holds "meet: one leaves early" meet.pml -DSEQS=2 -DSHARED -DEARLY_LEAVE
 holds "meet: one calls abort()" meet.pml -DSEQS=2 -DSHARED -DCALLER_ABORT
-holds "meet: one-step record, a slow claimer, a stop" meet.pml -DSEQS=2 -DSHARED -DSLOW -DSLOW_CLAIMER -DABORT_ONE_STEP
-holds "meet: one-step record, abort() and a death" meet.pml -DSEQS=1 -DCRASHES=1 -DCALLER_ABORT -DABORT_ONE_STEP -DNAMES_THE_DEAD
 CHECKS=-DNP OPTIONS=-l
 holds "meet: no cycle at all (a stop)" meet.pml -DSEQS=1 -DSHARED -DSLOW
 CHECKS=-DSAFETY OPTIONS=
@@ -114,8 +112,8 @@ caught "BUG no second meet" meet.pml -DSHARED -DBUG_NO_SECOND_MEET
 caught "BUG no fingerprint check" meet.pml -DSHARED -DMISMATCH -DBUG_NO_FINGERPRINT_CHECK
 caught "BUG left, tick not looked at again" meet.pml -DBUG_LEAVE_NO_RECHECK
 caught "BUG arena not retired" meet.pml -DSHARED -DSLOW -DBUG_NO_RETIRE
-caught "FLAW two-step record, slow claimer" meet.pml -DSLOW -DSLOW_CLAIMER
-caught "FLAW two-step record, claimer dies unnamed" meet.pml -DSEQS=1 -DCRASHES=1 -DCALLER_ABORT -DNAMES_THE_DEAD
+caught "BUG two-step record, slow claimer" meet.pml -DSLOW -DSLOW_CLAIMER -DBUG_TWO_STEPS
+caught "BUG two-step record, claimer dies unnamed" meet.pml -DSEQS=1 -DCRASHES=1 -DCALLER_ABORT -DNAMES_THE_DEAD -DBUG_TWO_STEPS
 caught "BUG three slots" slots.pml -DSLOTS=3
 caught "BUG two slots" slots.pml -DSLOTS=2
 caught "BUG three slots, late" slots.pml -DFORM=2 -DSLOTS=3
@@ -131,7 +129,7 @@ caught "BUG no abort check" meet.pml -DSEQS=1 -DCRASHES=1 -DBUG_NO_ABORT_CHECK
 caught "BUG no death watch" meet.pml -DSEQS=1 -DCRASHES=1 -DBUG_NO_DEATH_WATCH
 caught "BUG no deadline" meet.pml -DFREEZES=1 -DBUG_NO_DEADLINE
 caught "BUG no look at who left" meet.pml -DEARLY_LEAVE -DBUG_NO_LEAVE_CHECK
-caught "BUG a claimer waited for for ever" meet.pml -DSEQS=1 -DCRASHES=1 -DCALLER_ABORT -DBUG_NO_CLAIM_EXPIRY
+caught "BUG a claimer waited for for ever" meet.pml -DSEQS=1 -DCRASHES=1 -DCALLER_ABORT -DBUG_TWO_STEPS -DBUG_NO_CLAIM_EXPIRY
 caught "BUG post without the fence" sleep.pml -DNO_SLICE -DBUG_NO_FENCE
 caught "BUG sleeper not registered" sleep.pml -DNO_SLICE -DBUG_NO_REGISTER
 caught "BUG futex does not compare" sleep.pml -DNO_SLICE -DBUG_NO_VALUE_COMPARE

@@ -43,7 +43,7 @@ byte agreed; /* what the first rank to raise reported; 0: nobody has */
 
 /* Claims the record and fills it in, unless another has claimed it. `text` as in the C++. */
 inline publish_abort(text, won) {
-#ifdef ABORT_ONE_STEP
+#ifndef BUG_TWO_STEPS
   won = true; /* proof: abort.publish */ /* into this rank's own header, complete before the claim */
   atomic { /* proof: abort.claim */
     if
@@ -80,7 +80,7 @@ inline publish_abort(text, won) {
 inline observe_abort() {
   if /* proof: abort.observe */
   :: record == PUBLISHED -> saw = reason
-#if !defined(ABORT_ONE_STEP) && !defined(NOBODY_DIES)
+#if defined(BUG_TWO_STEPS) && !defined(NOBODY_DIES)
   :: record == CLAIMED && EXPIRED -> saw = UNKNOWN
 #endif
   fi;

@@ -135,8 +135,5 @@ def sums_without_naming_the_group(group: Group) -> float:
     return float(compiled(torch.ones(1)))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="current_group(None) reads a ContextVar, which dynamo cannot trace"
-)
 def test_the_default_group_compiles() -> None:
     assert run_ranks(sums_without_naming_the_group, 2) == [3.0, 3.0]

@@ -393,15 +393,6 @@ def signal_once(
             assert not rank.errors(), case
 
 
-NOT_IN_INIT = pytest.mark.xfail(
-    strict=True,
-    reason="rank 0 does not watch the ranks that have joined while it waits for the last one",
-)
-NOT_IN_LOAD = pytest.mark.xfail(
-    strict=True, reason="a load looks at the group only in its collectives, not between reads"
-)
-
-
 @pytest.mark.parametrize(
     ("phase", "number", "whom"),
     [
@@ -410,9 +401,9 @@ NOT_IN_LOAD = pytest.mark.xfail(
         ("wait", signal.SIGINT, "all"),
         ("load", signal.SIGHUP, "all"),
         ("generate", signal.SIGINT, "all"),
-        pytest.param("init", signal.SIGTERM, "one", marks=NOT_IN_INIT),
+        ("init", signal.SIGTERM, "one"),
         ("collective", signal.SIGINT, "one"),
-        pytest.param("load", signal.SIGINT, "one", marks=NOT_IN_LOAD),
+        ("load", signal.SIGINT, "one"),
         ("generate", signal.SIGHUP, "one"),
     ],
 )
@@ -446,20 +437,16 @@ HANDLED = """
         group.barrier()
     time.sleep(30)
 """
-DEADLOCK = pytest.mark.xfail(
-    strict=True,
-    reason="a handler runs inside the wait, whose thread holds the communicator's mutex already",
-)
 
 
 @pytest.mark.parametrize(
     "call",
     [
         "group.abort('SIGTERM')",
-        pytest.param("group.stats()", marks=DEADLOCK),
-        pytest.param("group.op_log()", marks=[DEADLOCK, pytest.mark.soak]),
-        pytest.param("group.close()", marks=DEADLOCK),
-        pytest.param("group.barrier(0.1)", marks=[DEADLOCK, pytest.mark.soak]),
+        "group.stats()",
+        pytest.param("group.op_log()", marks=pytest.mark.soak),
+        "group.close()",
+        pytest.param("group.barrier(0.1)", marks=pytest.mark.soak),
     ],
 )
 def test_a_signal_handler_may_use_the_group(nursery: Nursery, call: str) -> None:
@@ -521,14 +508,7 @@ def gone(processes: Sequence[psutil.Process], limit_s: float) -> None:
     [
         (signal.SIGINT, signal.SIGINT, 130),
         (signal.SIGTERM, signal.SIGINT, 130),
-        pytest.param(
-            signal.SIGTERM,
-            signal.SIGTERM,
-            143,
-            marks=pytest.mark.xfail(
-                strict=True, reason="the second SIGTERM's exception escapes from launch()"
-            ),
-        ),
+        (signal.SIGTERM, signal.SIGTERM, 143),
         pytest.param(signal.SIGINT, None, 130, marks=pytest.mark.soak),
         (signal.SIGTERM, None, 143),
     ],
@@ -565,9 +545,6 @@ INTERRUPTED = """
 """
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a rank is not in launch()'s list until Popen() has returned"
-)
 def test_a_ctrl_c_while_a_rank_is_started_leaves_no_orphan(nursery: Nursery) -> None:
     text = LAUNCH.replace("{}", INTERRUPTED.strip())
     launcher = nursery.start(script(text))
@@ -578,10 +555,6 @@ def test_a_ctrl_c_while_a_rank_is_started_leaves_no_orphan(nursery: Nursery) -> 
 
 
 @pytest.mark.soak
-@pytest.mark.xfail(
-    strict=True,
-    reason="follow_parent() asks who its parent is after the import of torch: by then it is init",
-)
 def test_ranks_end_with_a_launcher_that_died_while_they_started(nursery: Nursery) -> None:
     launcher, ranks = launched(nursery)
     launcher.signal(signal.SIGKILL)
@@ -626,12 +599,7 @@ def under_torchrun(folder: Path) -> tuple[subprocess.Popen[str], list[psutil.Pro
         pytest.param(signal.SIGTERM, marks=pytest.mark.soak),
         pytest.param(signal.SIGINT, marks=pytest.mark.soak),
         pytest.param(signal.SIGHUP, marks=pytest.mark.soak),
-        pytest.param(
-            signal.SIGKILL,
-            marks=pytest.mark.xfail(
-                strict=True, reason="ranks do not watch the torchrun agent: row 24"
-            ),
-        ),
+        signal.SIGKILL,
     ],
 )
 def test_ranks_end_with_their_torchrun_agent(tmp_path: Path, number: signal.Signals) -> None:

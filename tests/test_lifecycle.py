@@ -392,9 +392,6 @@ def asks_for_the_log(group: Group) -> list[tuple[int, str]]:
     return [entry[:2] for entry in group.op_log()]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="collective() numbers an operation before it checks that the group lives"
-)
 def test_the_log_has_no_blank_entries() -> None:
     assert tp.simulate(asks_for_the_log, 2) == [[(1, "all_reduce")]] * 2
 
@@ -533,7 +530,6 @@ IN_CHILD_ONLY = """
 
 
 @pytest.mark.parametrize("use", ["group.stats()", "group.op_log()"])
-@pytest.mark.xfail(strict=True, reason="stats() and op_log() lock before they look for a fork")
 def test_a_child_may_ask_a_group_whose_lock_was_held(nursery: Nursery, use: str) -> None:
     text = script(IN_CHILD_ONLY.format(late=0.3, use=use, check="pass"))
     ranks = nursery.job(text, text)
@@ -549,9 +545,6 @@ def test_a_child_may_ask_a_group_whose_lock_was_held(nursery: Nursery, use: str)
         "        except tp.TensorParallelError: pass",
     ],
     ids=["empty_shared", "linear", "all_reduce"],
-)
-@pytest.mark.xfail(
-    strict=True, reason="a child allocates from its parent's arena and writes before it is refused"
 )
 def test_a_child_writes_nothing_into_its_parents_memory(nursery: Nursery, use: str) -> None:
     # the parent's next block of this size is the one that the child was handed

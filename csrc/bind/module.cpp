@@ -113,6 +113,7 @@ PYBIND11_MODULE(_C, m) {
           "barrier", [](Communicator& c, double timeout_s) { c.barrier(timeout_s, {}); },
           py::arg("timeout_s"), Released())
       .def("abort", &Communicator::abort, py::arg("reason"), Released())
+      .def("check", &Communicator::check, Released())
       .def("close", &Communicator::close, Released())
       .def("stats", &stats_of)
       .def("op_log", &log_of);

@@ -103,11 +103,19 @@ template <class Body>
 void HostCommunicator::collective(const Signature& signature, int64_t bytes, double timeout_s,
                                   Body&& body) {
   check_not_forked();  // before the lock, which another thread may have held at the fork
+  TPN_CHECK(!is_reentered(), name(signature.op), " was called by a signal handler while ",
+            "this thread is in a collective of group ", identity_.name,
+            ": set a flag there and look at it between steps");
   std::lock_guard lock(mutex_);
   struct Current {  // while it is set, failures name this operation
-    const Signature*& current;
-    ~Current() { current = nullptr; }
-  } const current{current_ = &signature};
+    HostCommunicator& self;
+    ~Current() {
+      self.current_ = nullptr;
+      self.busy_thread_.store(nullptr, std::memory_order_relaxed);
+    }
+  } const current{*this};
+  current_ = &signature;
+  busy_thread_.store(thread_mark(), std::memory_order_relaxed);
   timeout_s_ = timeout_s > 0 ? timeout_s : identity_.timeout_s;
   wait_started_s_ = 0;
   is_inline_ = false;
@@ -170,6 +178,7 @@ void HostCommunicator::staged(int64_t most, int64_t chunk_bytes, const Put& put,
 }
 
 Block HostCommunicator::allocate(int64_t bytes) {
+  check_not_forked();  // its parent's memory would come back
   return bytes > kOneShotBytes ? arena_->allocate(bytes)
                                : Block{};  // smaller ones are staged anyway
 }
@@ -311,6 +320,7 @@ void HostCommunicator::reduce_staged(const Signature& s, const void* in, void* o
       const Slice mine = slice_of(length(c) / width, width, me, size);
       void* block[kMaxRanks];
       for (int r = 0; r < size; ++r) block[r] = slot(r, chunk_) + mine.begin * width;
+      // proof: slot.push
       kernels::reduce(reduction_of(s, epilogue, size, block, size, block,
                                    c * chunk_bytes / width + mine.begin, mine.end - mine.begin));
       post();

@@ -92,10 +92,13 @@ void HostCommunicator::close() {
   if (is_forked_child()) return;  // it would leave in its parent's name
   is_closing_.store(
       true, std::memory_order_release);  // sends a thread of ours that waits in a collective away
+  if (is_reentered())
+    return;  // the wait below this handler ends the group; then close() comes again
   {
     std::lock_guard lock(mutex_);
     if (std::exchange(is_closed_, true)) return;
     TPN_FAULT("leave");
+    // proof: leave
     peers_[identity_.rank].header()->state.store(static_cast<uint32_t>(RankState::kLeft),
                                                  std::memory_order_release);
     wake(identity_.rank);
@@ -193,13 +196,13 @@ void HostCommunicator::warn_of_straggler(int rank) const {
 void HostCommunicator::post() {
   RankHeader& header = *peers_[identity_.rank].header();
   // seq_cst, with the sleeper's fetch_add: either it sees the tick or we see the sleeper
-  header.lines[seq_ % kRing].tick.store(++tick_, std::memory_order_seq_cst);
-  if (header.sleepers.load(std::memory_order_seq_cst) != 0) [[unlikely]]
+  header.lines[seq_ % kRing].tick.store(++tick_, std::memory_order_seq_cst);  // proof: meet.post
+  if (header.sleepers.load(std::memory_order_seq_cst) != 0) [[unlikely]]      // proof: sleep.ask
     wake(identity_.rank);
 }
 
 void HostCommunicator::wake(int rank) const {
-  for (Line& l : peers_[rank].header()->lines) {
+  for (Line& l : peers_[rank].header()->lines) {  // proof: sleep.wake
     ::syscall(SYS_futex, futex_word(l.tick), FUTEX_WAKE, INT32_MAX, nullptr, nullptr, 0);
   }
 }
@@ -211,7 +214,7 @@ void HostCommunicator::await_all(uint64_t tick) {
 
 void HostCommunicator::await(int rank, uint64_t tick) {
   const std::atomic<uint64_t>& theirs = line(rank).tick;
-  for (int i = 0; i < 64; ++i) {
+  for (int i = 0; i < 64; ++i) {  // proof: meet.await
     if (theirs.load(std::memory_order_acquire) >= tick) [[likely]]
       return;
   }
@@ -245,7 +248,7 @@ void HostCommunicator::await_slow(int rank, uint64_t tick) {
                  concat("rank ", identity_.rank,
                         " closed the group while one of its threads was in a collective"));
     }
-    if (has_left(rank) && !arrived()) {
+    if (has_left(rank) && !arrived()) {  // proof: leave.observe
       fail_group(FailureKind::kPeerLost, rank, concat(describe_rank(rank), " left the group"));
     }
     waited_s = now_s() - start;
@@ -261,18 +264,18 @@ void HostCommunicator::sleep_on(int rank, uint64_t tick) {
   TPN_FAULT("sleep");
   RankHeader& header = *peers_[rank].header();
   std::atomic<uint64_t>& theirs = line(rank).tick;
-  header.sleepers.fetch_add(1, std::memory_order_seq_cst);  // pairs with post()
-  const uint64_t seen = theirs.load(std::memory_order_seq_cst);
+  header.sleepers.fetch_add(1, std::memory_order_seq_cst);       // proof: sleep.register
+  const uint64_t seen = theirs.load(std::memory_order_seq_cst);  // proof: sleep.recheck
   if (seen < tick) {
-    const timespec slice{0, kSliceNanoseconds};
+    const timespec slice{0, kSliceNanoseconds};  // proof: sleep.slice, sleep.wait
     ::syscall(SYS_futex, futex_word(theirs), FUTEX_WAIT, static_cast<uint32_t>(seen), &slice,
               nullptr, 0);
   }
-  header.sleepers.fetch_sub(1, std::memory_order_relaxed);
+  header.sleepers.fetch_sub(1, std::memory_order_relaxed);  // proof: sleep.unregister
 }
 
 void HostCommunicator::check_deadline(int rank, double waited_s, double& next_warning_s) {
-  if (waited_s >= timeout_s_) {
+  if (waited_s >= timeout_s_) {  // proof: meet.deadline
     fail_group(FailureKind::kTimeout, rank,
                concat(describe_rank(rank), " did not come within ", timeout_s_, " s; ",
                       late_table(), "; raise timeout_s if it is only slow"));
@@ -296,7 +299,7 @@ void HostCommunicator::check_usable() {
   if (failure_) raise(*failure_);
   TPN_CHECK(!is_closed_ && !is_closing_.load(std::memory_order_acquire), "group ", identity_.name,
             " is closed: call init_tensor_parallel() again");
-  check_abort();
+  check_abort();  // proof: abort.check_usable
 }
 
 void HostCommunicator::check_abort() {  // proof: abort.observe
@@ -348,6 +351,13 @@ void HostCommunicator::abort(const std::string& reason) {
   if (is_forked_child()) return;
   publish_abort(FailureKind::kAborted, identity_.rank,
                 concat("rank ", identity_.rank, " aborted the group: ", reason));
+}
+
+void HostCommunicator::check() {
+  check_not_forked();
+  if (is_reentered()) return;
+  std::lock_guard lock(mutex_);
+  check_usable();
 }
 
 void HostCommunicator::fail_group(FailureKind kind, int culprit, const std::string& text) {

@@ -57,6 +57,7 @@ class HostCommunicator final : public Communicator {
   void broadcast(const Signature&, void* data, int64_t count, Stream) override;
   void barrier(double timeout_s, Stream) override;
   void abort(const std::string& reason) override;
+  void check() override;
   void close() override;
   Stats stats() const override;
   std::vector<LogEntry> op_log() const override;
@@ -125,6 +126,14 @@ class HostCommunicator final : public Communicator {
   void warn_of_straggler(int rank) const;
   std::string late_table() const;
   void wake(int rank) const;
+  /// This thread is in a collective already: a signal handler runs inside its wait.
+  bool is_reentered() const {
+    return busy_thread_.load(std::memory_order_relaxed) == thread_mark();
+  }
+  static const void* thread_mark() {
+    static thread_local const char kMark = 0;
+    return &kMark;
+  }
   bool is_forked_child() const { return arena_->mapping()->owner().is_elsewhere(); }
 
   std::shared_ptr<Arena> arena_;
@@ -137,6 +146,7 @@ class HostCommunicator final : public Communicator {
   std::mutex abort_mutex_;    ///< guards this rank's abort record until a verdict is passed
   mutable std::mutex mutex_;  ///< one collective of this rank at a time; guards what follows
   const Signature* current_ = nullptr;
+  std::atomic<const void*> busy_thread_{nullptr};  ///< who holds the mutex for a collective
   uint64_t signature_hash_ = 0;
   bool is_inline_ = false;  ///< the current payload rides in the announcing line
   double timeout_s_ = 0;

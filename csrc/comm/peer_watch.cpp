@@ -85,7 +85,7 @@ void PeerWatch::run() {
     const int ready = ::poll(watched.data(), watched.size(), kBeatMilliseconds);
     communicator_.beat();
     for (size_t i = 0; ready > 0 && i < watched.size(); ++i) {
-      if (watched[i].revents == 0) continue;
+      if (watched[i].revents == 0) continue;  // proof: death.notice
       if (whose[i] == kStop) return;
       if (whose[i] == kLauncher) end_without_launcher();
       watched[i].fd = -1;  // poll ignores it from now on
@@ -98,7 +98,7 @@ void PeerWatch::run() {
 }
 
 void PeerWatch::report_death(int rank) {
-  if (communicator_.has_left(rank)) return;  // it closed the group first
+  if (communicator_.has_left(rank)) return;  // it closed the group first; proof: death.report
   communicator_.publish_abort(FailureKind::kPeerLost, rank,
                               concat("rank ", rank, " (pid ", roster_.members[rank].pid, ") died ",
                                      communicator_.describe_last(rank)));

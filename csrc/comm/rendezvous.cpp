@@ -157,7 +157,7 @@ Hello make_hello(const Identity& identity) {
   hello.rank = identity.rank;
   hello.size = identity.size;
   hello.pid = ::getpid();
-  hello.generation = identity.generation;
+  hello.generation = identity.generation;  // proof: gen.meet
   set_text(hello.build, TPN_VERSION " torch " TPN_TORCH_VERSION);
   set_text(hello.group, identity.name);
   return hello;
@@ -228,7 +228,7 @@ struct Lobby {
       waiting.push_back(std::move(socket));
       refuse_all(why);
     }
-    roster.generation = std::max(roster.generation, theirs.generation);
+    roster.generation = std::max(roster.generation, theirs.generation);  // proof: gen.agree
     Member& member = roster.members[theirs.rank];
     member.pid =
         peer.pid > 0 ? peer.pid : theirs.pid;  // 0: the caller lives in another pid namespace

@@ -37,6 +37,7 @@ std::shared_ptr<Communicator> make_shm(Identity identity, const ShmOptions& opti
   identity.name = concat(identity.name, ':', roster.generation);
   std::vector<Peer> peers;
   for (int r = 0; r < identity.size; ++r) {
+    // proof: gen.fence
     peers.push_back(r == identity.rank ? Peer{arena->mapping()} : map_peer(roster.members[r], r));
     check_header(peers.back(), r, identity, group);
     roster.members[r].arena = Fd();  // the mapping is enough

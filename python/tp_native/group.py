@@ -213,6 +213,11 @@ class Group:
         """The last 1,024 operations of this rank: (seq, operation, dtype, signature's hash)."""
         return self._communicator.op_log() if self._communicator is not None else []
 
+    def check(self) -> None:
+        """Raise the group's failure if it has one; for long work between collectives."""
+        if self._communicator is not None:
+            self._communicator.check()
+
     def abort(self, reason: str) -> None:
         """Make every rank's pending and later collectives raise TensorParallelError with
         ``reason``.
@@ -323,6 +328,8 @@ class _Process:
         self.group: Group | None = None
         self.next_generation = 0
         self.alone = Group(TensorParallelConfig(), None, "tp:alone")
+        self.lock = threading.Lock()  # one init at a time
+        self.simulations = 0
 
     def forget(self, group: Group) -> None:
         if self.group is group:
@@ -345,7 +352,11 @@ def current_group(group: Group | None = None) -> Group:
     world of one.
     """
     if group is None:
-        return _override.get() or _process.group or _process.alone
+        if _process.simulations:  # else no thread has a group of its own; compilers trace this
+            own = _override.get()
+            if own is not None:
+                return own
+        return _process.group or _process.alone
     if not isinstance(group, Group):
         raise TypeError(
             f"group is a {type(group).__name__}, expected a tp_native Group or None; "
@@ -387,8 +398,13 @@ def init_tensor_parallel(
         )
     if backend == "nccl" and not _C.is_available("nccl"):
         raise ValueError('backend "nccl" is not part of this build: use "auto" or "shm" (CPU)')
-    if _process.group is not None and _process.group._pid == os.getpid():
+    with _process.lock:
+        if _process.group is None or _process.group._pid != os.getpid():
+            _process.group = _init_process(timeout_s, init_timeout_s, frozen_timeout_s)
         return _process.group
+
+
+def _init_process(timeout_s: float, init_timeout_s: float, frozen_timeout_s: float) -> Group:
     config = replace(
         get_tensor_parallel_config(),
         timeout_s=timeout_s,
@@ -396,9 +412,8 @@ def init_tensor_parallel(
         frozen_timeout_s=frozen_timeout_s,
     )
     if config.world_size == 1:
-        _process.group = Group(config, None, f"tp:{_process.next_generation}")
         _process.next_generation += 1
-        return _process.group
+        return Group(config, None, f"tp:{_process.next_generation - 1}")
     if config.local_world_size != config.world_size:
         raise ValueError(
             f"{config.world_size} ranks of which {config.local_world_size} are on this host: this "
@@ -411,7 +426,6 @@ def init_tensor_parallel(
     _process.next_generation = group.generation + 1
     if "OMP_NUM_THREADS" not in os.environ:  # torchrun sets 1: its own or the user's choice stands
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.local_world_size))
-    _process.group = group
     return group
 
 
@@ -576,6 +590,8 @@ def simulate(fn: Callable[..., T], world_size: int, *args: Any) -> list[T]:
         threading.Thread(target=contextvars.Context().run, args=(run, rank), name=f"{name}@{rank}")
         for rank in range(world_size)
     ]
+    with _process.lock:
+        _process.simulations += 1
     for thread in threads:
         thread.start()
     try:
@@ -587,6 +603,9 @@ def simulate(fn: Callable[..., T], world_size: int, *args: Any) -> list[T]:
         for thread in threads:
             thread.join()
         raise
+    finally:
+        with _process.lock:
+            _process.simulations -= 1
     if failures:
         raise failures[0]
     return results

@@ -30,7 +30,9 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
     left running.
     """
     run_id = uuid.uuid4().hex
-    before = signal.signal(signal.SIGTERM, _terminated)
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda n, _: came.append(n)) for number in numbers]
     processes: list[subprocess.Popen[bytes]] = []
     status = 1
     try:
@@ -44,6 +46,10 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
                     stderr=subprocess.PIPE if rank else None,
                 )
             )
+            _raise_for(came)  # only now is the process ours to end
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, _terminated)
+        _raise_for(came)
         told = [_Collected(process) for process in processes[1:]]
         status, rank = _wait(processes)
         if status != 0 and rank != 0 and processes[0].returncode == 0:
@@ -55,13 +61,23 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
     except _Terminated:
         status = 143
     finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, _terminated)
         try:
             _end(processes)
-        except KeyboardInterrupt:  # a second Ctrl-C: at once
+        except (KeyboardInterrupt, _Terminated) as second:  # asked twice: at once
             _kill(processes)
-            status = 130
-        signal.signal(signal.SIGTERM, before)
+            status = 130 if isinstance(second, KeyboardInterrupt) else 143
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
     return status
+
+
+def _raise_for(came: Sequence[int]) -> None:
+    if signal.SIGINT in came:
+        raise KeyboardInterrupt
+    if came:
+        raise _Terminated
 
 
 def follow_parent() -> None:
@@ -69,9 +85,8 @@ def follow_parent() -> None:
 
     The signal is bound to the launcher's thread that started this process: its main one.
     """
-    parent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
+    if os.getppid() != int(os.environ["TP_NATIVE_LAUNCHED"]):  # it died before this was asked for
         os._exit(1)
 
 
@@ -115,7 +130,7 @@ def _environment(rank: int, ranks: int, run_id: str) -> dict[str, str]:
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": "0",
         "TORCHELASTIC_RUN_ID": run_id,
-        "TP_NATIVE_LAUNCHED": "1",
+        "TP_NATIVE_LAUNCHED": str(os.getpid()),
     }
 
 

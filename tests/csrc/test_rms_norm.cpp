@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// TSan: no processes.
 // RMSNorm in the reduction: the bits of the three steps done apart, on every variant, and close to
 // the formula in long double.
 #include <algorithm>

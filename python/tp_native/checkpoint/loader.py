@@ -249,10 +249,13 @@ def _fill(
     progress: bool,
 ) -> int:
     """Give every tensor its memory and its values; returns the number of tensors filled."""
-    rank = state.group.rank if (state := state_of(model)) is not None else 0
+    group = state.group if (state := state_of(model)) is not None else None
+    rank = group.rank if group is not None else 0
     expected = _expected(model)
     filled: dict[int, Tensor] = {}
     for job in _with_bar(jobs, progress):
+        if group is not None:
+            group.check()  # a peer that died need not wait for the rest of a long read
         old = expected[job.name]
         start = job.cut.partition.offset(rank) if job.cut is not None else 0
         dim = job.cut.dim if job.cut is not None else 0
