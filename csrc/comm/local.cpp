@@ -5,6 +5,7 @@
 
 #include "comm/backends.h"
 #include "comm/host_communicator.h"
+#include "comm/signature.h"
 
 namespace tp_native::comm {
 
