@@ -6,11 +6,13 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "core/dtype.h"
+#include "core/error.h"
 
 namespace tp_native::comm {
 
@@ -138,6 +140,8 @@ class Communicator {
   virtual void close() = 0;            ///< leaves; idempotent; blocks stay valid
   virtual Stats stats() const = 0;
   virtual std::vector<LogEntry> op_log() const = 0;  ///< the last operations, oldest first
+  /// What poisoned it, once a call has raised that; a communicator that is made of others reads it.
+  virtual std::optional<FailureRecord> failure() const = 0;
 
  protected:
   explicit Communicator(Identity identity) : identity_(std::move(identity)) {}

@@ -61,6 +61,10 @@ class HostCommunicator final : public Communicator {
   void close() override;
   Stats stats() const override;
   std::vector<LogEntry> op_log() const override;
+  std::optional<FailureRecord> failure() const override {
+    std::lock_guard lock(mutex_);
+    return failure_;
+  }
 
   /// Claims the group's abort record unless somebody has; wakes every sleeper. Safe from any
   /// thread.
