@@ -139,4 +139,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("register", &comm::register_communicator, py::arg("name"), py::arg("communicator"),
         Released());
   m.def("unregister", &comm::unregister_communicator, py::arg("name"), Released());
+  m.def("find", &comm::find_communicator, py::arg("name"), Released());
 }

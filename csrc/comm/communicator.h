@@ -140,8 +140,9 @@ class Communicator {
   virtual void close() = 0;            ///< leaves; idempotent; blocks stay valid
   virtual Stats stats() const = 0;
   virtual std::vector<LogEntry> op_log() const = 0;  ///< the last operations, oldest first
-  /// What poisoned it, once a call has raised that; a communicator that is made of others reads it.
-  virtual std::optional<FailureRecord> failure() const = 0;
+  /// What poisoned it, once a call has raised that, where it keeps it: for communicators that are
+  /// made of others.
+  virtual std::optional<FailureRecord> failure() const { return std::nullopt; }
 
  protected:
   explicit Communicator(Identity identity) : identity_(std::move(identity)) {}
