@@ -49,7 +49,8 @@ class Outcome:
 
 class World:
     """``size`` new rank processes. ``init_args`` go to ``init_tensor_parallel``; ``env``
-    overrides per rank, with ``fresh`` also what is read when torch is imported.
+    overrides per rank, with ``fresh`` also what is read when torch is imported; ``prefixes`` are
+    what each is started under (then all are fresh).
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class World:
         env: list[dict[str, str]] | None = None,
         ranks: list[int] | None = None,
         fresh: bool = False,
+        prefixes: list[list[str]] | None = None,
         **init_args: Any,
     ) -> None:
         self.size = size
@@ -79,8 +81,11 @@ class World:
                 "OMP_NUM_THREADS": "1",
                 **(env[index] if env else {}),
             }
-            start = _start_fresh if fresh else fork_server().fork
-            self.processes.append(start(theirs, rank_env, init_args))
+            if fresh or prefixes:
+                prefix = prefixes[index] if prefixes else []
+                self.processes.append(_start_fresh(theirs, rank_env, init_args, prefix))
+            else:
+                self.processes.append(fork_server().fork(theirs, rank_env, init_args))
             theirs.close()
             self.pipes.append(ours)
 
@@ -189,9 +194,16 @@ def stop_worlds() -> None:
 
 
 def _start_fresh(
-    pipe: Connection, env: dict[str, str], init_args: dict[str, Any]
+    pipe: Connection, env: dict[str, str], init_args: dict[str, Any], prefix: list[str]
 ) -> subprocess.Popen[bytes]:
-    command = [sys.executable, __file__, str(pipe.fileno()), repr(sys.path), repr(init_args)]
+    command = [
+        *prefix,
+        sys.executable,
+        __file__,
+        str(pipe.fileno()),
+        repr(sys.path),
+        repr(init_args),
+    ]
     return subprocess.Popen(command, env=env, pass_fds=[pipe.fileno()])
 
 

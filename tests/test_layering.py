@@ -29,7 +29,8 @@ FOREIGN = {
 PYTHON = [
     {"_C", "partition", "errors", "config", "flight"},
     {"_native"},
-    {"_ops"},
+    {"_ops", "shm"},
+    {"c10d"},
     {"group"},
     {"agreement"},
     {"nn"},

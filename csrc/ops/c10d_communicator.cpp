@@ -14,6 +14,7 @@
 
 #include "comm/registry.h"
 #include "comm/signature.h"
+#include "comm/two_level.h"
 #include "core/callbacks.h"
 #include "kernels/reduce.h"
 #include "ops/store_board.h"
@@ -121,14 +122,11 @@ void C10dCommunicator::release() noexcept {
 // ---- moving bytes
 
 char* C10dCommunicator::Exchange::to(int rank) {
-  return send.mutable_data_ptr<uint8_t>()
-             ? reinterpret_cast<char*>(send.mutable_data_ptr<uint8_t>()) + sum_to(send_bytes, rank)
-             : nullptr;
+  return static_cast<char*>(send.mutable_data_ptr()) + sum_to(send_bytes, rank);
 }
 
 const char* C10dCommunicator::Exchange::from(int rank) const {
-  return reinterpret_cast<const char*>(receive.const_data_ptr<uint8_t>()) +
-         sum_to(receive_bytes, rank);
+  return static_cast<const char*>(receive.const_data_ptr()) + sum_to(receive_bytes, rank);
 }
 
 C10dCommunicator::Exchange C10dCommunicator::prepare(std::vector<int64_t> send_bytes,
@@ -439,8 +437,30 @@ void join_c10d(const std::string& name, const std::string& process_group, double
       name, std::make_shared<C10dCommunicator>(identity, group, std::move(board)));
 }
 
+/// Makes group `name` of ranks on several hosts and registers it. `host` and, on each host's first
+/// rank, `leaders` are registered groups, which it takes over; `job` is a process group of all
+/// ranks of which only the store is used.
+void join_hosts(const std::string& name, const std::string& host, const std::string& leaders,
+                const std::string& job, at::IntArrayRef host_sizes, double timeout_s) {
+  const auto group = find_process_group(job);
+  const comm::Identity identity{group->getRank(), group->getSize(), name, "shm+c10d", 0, timeout_s};
+  const auto intra = comm::find_communicator(host);
+  const auto inter = leaders.empty() ? nullptr : comm::find_communicator(leaders);
+  auto board = std::make_shared<StoreBoard>(group->getStore(), concat("tp_native/", name, "/"),
+                                            identity.rank, identity.size);
+  auto communicator =
+      std::make_shared<comm::TwoLevel>(identity, intra, inter, std::move(board), host_sizes.vec());
+  comm::unregister_communicator(host);
+  if (inter) comm::unregister_communicator(leaders);
+  comm::register_communicator(name, std::move(communicator));
+}
+
 TORCH_LIBRARY_FRAGMENT(tp_native, m) {
   m.def("join_c10d(str name, str process_group, float timeout_s) -> ()", &join_c10d);
+  m.def(
+      "join_hosts(str name, str host, str leaders, str job, int[] host_sizes, float timeout_s) -> "
+      "()",
+      &join_hosts);
 }
 
 }  // namespace

@@ -37,7 +37,8 @@ Verdict decode(const std::string& text) {
 
 StoreBoard::StoreBoard(const c10::intrusive_ptr<c10d::Store>& store, std::string prefix, int rank,
                        int size)
-    : store_(store->clone()),  // a connection of its own: another thread may wait on the first one
+    : origin_(store),
+      store_(store->clone()),  // a connection of its own: another thread may wait on the first one
       prefix_(std::move(prefix)),
       rank_(rank),
       size_(size),

@@ -41,6 +41,7 @@ class StoreBoard final : public comm::Board {
   std::string own_status() const;
 
   comm::Owner owner_;
+  c10::intrusive_ptr<c10d::Store> origin_;  ///< where this rank serves the store, it ends with it
   c10::intrusive_ptr<c10d::Store> store_;
   std::string prefix_;
   int rank_;

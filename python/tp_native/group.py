@@ -13,10 +13,12 @@ from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import Self
 
-from . import _ops, flight
+from . import _ops, c10d, flight
 from ._native import _C
 from .config import (
     TensorParallelConfig,
@@ -24,10 +26,10 @@ from .config import (
     flight_folder,
     get_tensor_parallel_config,
     job_address,
-    launcher_pid,
 )
 from .errors import TensorParallelError
 from .partition import Partition
+from .shm import make_shm
 
 T = TypeVar("T")
 _Make = Callable[[int, float], _C.Communicator]  # (generation proposed, init_timeout_s)
@@ -330,12 +332,37 @@ class _Process:
         self.alone = Group(TensorParallelConfig(), None, "tp:alone")
         self.lock = threading.Lock()  # one init at a time
         self.simulations = 0
+        self.starts = itertools.count()  # of groups over several hosts
+        self.joined: dict[str, tuple[object, Group]] = {}  # by the process group's name
+        self.joins: dict[str, int] = {}
+
+    def over(self, group: object, timeout_s: float = TensorParallelConfig.timeout_s) -> Group:
+        """The group over a process group or mesh of torch.distributed's, made on first use."""
+        ranks = c10d.process_group(group)
+        known, made = self.joined.get(ranks.group_name, (None, None))
+        if made is not None and known is ranks and made._pid == os.getpid():
+            return made
+        if made is not None:  # the name's former owner was destroyed
+            made.close()
+        count = self.joins.get(ranks.group_name, 0)
+        self.joins[ranks.group_name] = count + 1
+        name = f"tp:c10d:{ranks.group_name}" + (f".{count}" if count else "")
+        config = TensorParallelConfig(
+            ranks.rank(), ranks.size(), backend="c10d", timeout_s=timeout_s
+        )
+        communicator = c10d.join(ranks, name, timeout_s) if ranks.size() > 1 else None
+        made = Group(config, communicator, name)
+        self.joined[ranks.group_name] = (ranks, made)
+        return made
 
     def forget(self, group: Group) -> None:
         if self.group is group:
             self.group = None
+        self.joined = {key: made for key, made in self.joined.items() if made[1] is not group}
 
     def close(self) -> None:
+        for _, group in list(self.joined.values()):
+            group.close()
         if self.group is not None:
             self.group.close()
 
@@ -347,9 +374,12 @@ _override: contextvars.ContextVar[Group | None] = contextvars.ContextVar(
 atexit.register(_process.close)
 
 
-def current_group(group: Group | None = None) -> Group:
+def current_group(group: Group | dist.ProcessGroup | DeviceMesh | None = None) -> Group:
     """``group``, else the thread rank's (inside :func:`simulate`), else the process's, else a
     world of one.
+
+    A ``torch.distributed.ProcessGroup`` or a one-dimensional ``DeviceMesh`` stands for a group of
+    the same ranks; the first use of one is collective.
     """
     if group is None:
         if _process.simulations:  # else no thread has a group of its own; compilers trace this
@@ -358,10 +388,7 @@ def current_group(group: Group | None = None) -> Group:
                 return own
         return _process.group or _process.alone
     if not isinstance(group, Group):
-        raise TypeError(
-            f"group is a {type(group).__name__}, expected a tp_native Group or None; "
-            "torch.distributed process groups and device meshes are not accepted by this version"
-        )
+        return _process.over(group)
     return group
 
 
@@ -379,51 +406,59 @@ def init_tensor_parallel(
 ) -> Group:
     """Join the other ranks and return the process's group; alone (no torchrun) a world of one.
 
-    ``backend``: "auto" or "shm" (processes on one host). ``timeout_s``: how long a collective waits
-    for a living peer; ``init_timeout_s``: how long to wait for all ranks to start;
-    ``frozen_timeout_s``: how long a peer may give no sign of life (a stopped process; a busy one
-    does) before the group is given up, after a warning at 1.5 s. Called again before ``close()`` it
-    returns the same group. Called in a process that replaces a lost one, it joins the others'
-    :meth:`Group.renew`.
+    ``backend``: "auto" or "shm" (shared memory within each host; Gloo between hosts, over the
+    interface that ``GLOO_SOCKET_IFNAME`` names), "c10d" (all ranks over ``torch.distributed``'s
+    default process group, made with Gloo where there is none). ``timeout_s``: how long a collective
+    waits for a living peer; ``init_timeout_s``: how long to wait for all ranks to start;
+    ``frozen_timeout_s``: how long a peer on this host may give no sign of life (a stopped process;
+    a busy one does) before the group is given up, after a warning at 1.5 s. Called again before
+    ``close()`` it returns the same group. Called in a process that replaces a lost one, it joins
+    the others' :meth:`Group.renew`.
     Raises: TensorParallelError naming missing or duplicate ranks; ValueError for a bad environment
     or backend.
     """
     _check_timeout("timeout_s", timeout_s)
     _check_timeout("init_timeout_s", init_timeout_s)
     _check_timeout("frozen_timeout_s", frozen_timeout_s)
-    if backend not in ("auto", "shm", "nccl"):
+    if backend not in ("auto", "shm", "c10d", "nccl"):
         raise ValueError(
-            f'backend {backend!r}: expected "auto", "shm" or "nccl"; thread ranks come from '
+            f'backend {backend!r}: expected "auto", "shm", "c10d" or "nccl"; thread ranks come from '
             "simulate()"
         )
     if backend == "nccl" and not _C.is_available("nccl"):
         raise ValueError('backend "nccl" is not part of this build: use "auto" or "shm" (CPU)')
     with _process.lock:
         if _process.group is None or _process.group._pid != os.getpid():
-            _process.group = _init_process(timeout_s, init_timeout_s, frozen_timeout_s)
+            _process.group = _init_process(backend, timeout_s, init_timeout_s, frozen_timeout_s)
         return _process.group
 
 
-def _init_process(timeout_s: float, init_timeout_s: float, frozen_timeout_s: float) -> Group:
+def _init_process(
+    backend: str, timeout_s: float, init_timeout_s: float, frozen_timeout_s: float
+) -> Group:
     config = replace(
         get_tensor_parallel_config(),
         timeout_s=timeout_s,
         init_timeout_s=init_timeout_s,
         frozen_timeout_s=frozen_timeout_s,
     )
+    if backend == "c10d" and (config.world_size > 1 or dist.is_initialized()):
+        return _process.over(c10d.world(), timeout_s)
     if config.world_size == 1:
         _process.next_generation += 1
         return Group(config, None, f"tp:{_process.next_generation - 1}")
-    if config.local_world_size != config.world_size:
-        raise ValueError(
-            f"{config.world_size} ranks of which {config.local_world_size} are on this host: this "
-            "version joins ranks of "
-            "one host only; start them all here (torchrun --standalone --nproc-per-node N)"
-        )
     if config.local_rank == 0:
         flight.prune(flight_folder())
-    group = _make_group(config, "tp", job_address(config), generation=_process.next_generation)
-    _process.next_generation = group.generation + 1
+    if config.local_world_size != config.world_size:
+        start = next(_process.starts)
+        group = Group(
+            replace(config, backend="shm+c10d"),
+            c10d.join_hosts(f"tp:{start}", job_address(config), config, start),
+            f"tp:{start}",
+        )
+    else:
+        group = _make_group(config, "tp", job_address(config), generation=_process.next_generation)
+        _process.next_generation = group.generation + 1
     if "OMP_NUM_THREADS" not in os.environ:  # torchrun sets 1: its own or the user's choice stands
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.local_world_size))
     return group
@@ -441,18 +476,7 @@ def _make_group(
     """
 
     def make(proposed: int, init_timeout_s: float) -> _C.Communicator:
-        return _C.make_shm(
-            name=base,
-            address=address,
-            rank=config.rank,
-            size=config.world_size,
-            generation=proposed,
-            timeout_s=config.timeout_s,
-            init_timeout_s=init_timeout_s,
-            frozen_timeout_s=config.frozen_timeout_s,
-            launcher_pid=launcher_pid(),
-            flight_folder=flight_folder(),
-        )
+        return make_shm(base, address, replace(config, init_timeout_s=init_timeout_s), proposed)
 
     communicator = make(generation, config.init_timeout_s)
     _C.register(communicator.name, communicator)

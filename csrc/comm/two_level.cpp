@@ -1,0 +1,305 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "comm/two_level.h"
+
+#include <algorithm>
+#include <cctype>
+#include <cstring>
+#include <numeric>
+
+#include "kernels/reduce.h"
+
+namespace tp_native::comm {
+namespace {
+
+using Buffer = std::vector<char>;
+
+int64_t total(std::span<const int64_t> counts) {
+  return std::accumulate(counts.begin(), counts.end(), int64_t{0});
+}
+
+void copy(void* to, const void* from, int64_t bytes) {
+  if (bytes > 0 && to != from) std::memcpy(to, from, static_cast<size_t>(bytes));
+}
+
+Signature from_root(Signature s, int root) {
+  s.root = root;
+  return s;
+}
+
+/// An average is a sum until the last level.
+Signature summed(Signature s) {
+  if (s.reduce == ReduceOp::kAvg) s.reduce = ReduceOp::kSum;
+  return s;
+}
+
+/// What the inner communicator found, without its own frame: "rank 0 in all_reduce(...) #7: ..."
+std::string inner_text(const std::string& message) {
+  size_t begin = 0;
+  const size_t number = message.find(" #");
+  const size_t colon = number == std::string::npos ? number : message.find(": ", number);
+  if (colon != std::string::npos) begin = colon + 2;
+  const size_t end = message.rfind("; the group is unusable now");
+  return message.substr(begin, end == std::string::npos ? end : end - begin);
+}
+
+/// Every "rank N" of a level by its number among all ranks.
+std::string renumbered(const std::string& text, const std::function<int64_t(int64_t)>& global) {
+  constexpr std::string_view kWord = "rank ";
+  std::string out;
+  for (size_t i = 0; i < text.size();) {
+    const bool is_number = text.compare(i, kWord.size(), kWord) == 0 &&
+                           i + kWord.size() < text.size() &&
+                           std::isdigit(static_cast<unsigned char>(text[i + kWord.size()])) != 0;
+    if (!is_number) {
+      out += text[i++];
+      continue;
+    }
+    size_t digits = 0;
+    const int64_t local = std::stoll(text.substr(i + kWord.size(), 9), &digits);
+    out += concat(kWord, global(local));
+    i += kWord.size() + digits;
+  }
+  return out;
+}
+
+}  // namespace
+
+TwoLevel::TwoLevel(Identity identity, std::shared_ptr<Communicator> intra,
+                   std::shared_ptr<Communicator> inter, std::shared_ptr<Board> board,
+                   std::vector<int64_t> host_sizes)
+    : BoardCommunicator(std::move(identity), std::move(board)),
+      intra_(std::move(intra)),
+      inter_(std::move(inter)),
+      host_sizes_(std::move(host_sizes)) {
+  int64_t next = 0;
+  for (const int64_t n : host_sizes_) {
+    TPN_CHECK(n > 0, "a host without ranks");
+    first_.push_back(next);
+    next += n;
+  }
+  TPN_CHECK(next == identity_.size, "the hosts have ", next, " ranks, expected ", identity_.size);
+  host_ = host_of(identity_.rank);
+  TPN_CHECK(intra_->identity().size == host_sizes_[host_] &&
+                intra_->identity().rank == local_of(identity_.rank),
+            "rank ", identity_.rank, " is rank ", intra_->identity().rank, " of ",
+            intra_->identity().size, " on its host, expected ", local_of(identity_.rank), " of ",
+            host_sizes_[host_]);
+  TPN_CHECK((inter_ != nullptr) == (local_of(identity_.rank) == 0),
+            "the first rank of each host, and no other, links it to the others");
+  TPN_CHECK(!inter_ || (inter_->identity().size == hosts() && inter_->identity().rank == host_),
+            "host ", host_, " of ", hosts(), " is number ", inter_ ? inter_->identity().rank : -1,
+            " among the leaders");
+  this->board().on_verdict([a = intra_, b = inter_](const Verdict& verdict) {
+    a->abort(verdict.text);
+    if (b) b->abort(verdict.text);
+  });
+}
+
+TwoLevel::~TwoLevel() {
+  if (!is_forked_child()) close();
+}
+
+void TwoLevel::release() noexcept {
+  intra_->close();
+  if (inter_) inter_->close();
+}
+
+Stats TwoLevel::stats() const {
+  Stats stats = BoardCommunicator::stats();
+  const Stats local = intra_->stats();
+  stats.staged = local.staged;
+  stats.arena_bytes_in_use = local.arena_bytes_in_use;
+  stats.arena_bytes_peak = local.arena_bytes_peak;
+  return stats;
+}
+
+int TwoLevel::host_of(int rank) const {
+  return static_cast<int>(std::ranges::upper_bound(first_, int64_t{rank}) - first_.begin()) - 1;
+}
+
+std::span<const int64_t> TwoLevel::of_host(std::span<const int64_t> counts) const {
+  return counts.subspan(static_cast<size_t>(first_[host_]),
+                        static_cast<size_t>(host_sizes_[host_]));
+}
+
+std::vector<int64_t> TwoLevel::by_host(std::span<const int64_t> counts) const {
+  std::vector<int64_t> sums;
+  for (int h = 0; h < hosts(); ++h)
+    sums.push_back(
+        total(counts.subspan(static_cast<size_t>(first_[h]), static_cast<size_t>(host_sizes_[h]))));
+  return sums;
+}
+
+/// Divides by the number of ranks, as the kernel does: of its sources all but one are zero.
+void TwoLevel::average(DType dtype, void* data, int64_t count) const {
+  const auto width = static_cast<int64_t>(item_bytes(dtype));
+  constexpr int64_t kPiece = 4096;
+  const Buffer zero(static_cast<size_t>(std::min(kPiece, count) * width), 0);
+  std::vector<const void*> src(static_cast<size_t>(identity_.size), zero.data());
+  for (int64_t begin = 0; begin < count; begin += kPiece) {
+    void* const dst[] = {static_cast<char*>(data) + begin * width};
+    src[0] = dst[0];
+    kernels::reduce({dtype, ReduceOp::kAvg, identity_.size, src.data(), 1, dst,
+                     std::min(kPiece, count - begin), nullptr, 0, 0});
+  }
+}
+
+// ---- the collectives: up to the leader, over the hosts, down again
+
+void TwoLevel::all_reduce(const Signature& s, const void* in, void* out, int64_t count,
+                          const Epilogue& epilogue, Stream stream) {
+  TPN_CHECK(kernels::can_reduce(s.dtype, s.reduce), name(s.op), ": ", name(s.dtype),
+            " cannot be reduced (", name(s.reduce),
+            "): expected float32, float64, float16 or bfloat16");
+  const bool is_average = s.reduce == ReduceOp::kAvg;
+  TPN_CHECK(!is_average || (!epilogue.bias && !epilogue.residual && !epilogue.norm_weight),
+            name(s.op), ": over several hosts nothing can join an average: add it after");
+  const auto width = static_cast<int64_t>(item_bytes(s.dtype));
+  collective(s, count * width, 0, [&] {
+    intra_->all_reduce(summed(s), in, out, count, {}, stream);
+    if (inter_) {
+      inter_->all_reduce(summed(s), out, out, count, epilogue, stream);
+      if (is_average) average(s.dtype, out, count);
+    }
+    intra_->broadcast(from_root(s, 0), out, count, stream);
+    if (epilogue.norm_weight) intra_->broadcast(from_root(s, 0), epilogue.hidden, count, stream);
+  });
+}
+
+void TwoLevel::all_gather(const Signature& s, const void* in, void* out, int64_t rows,
+                          std::span<const int64_t> columns, Stream stream) {
+  const auto width = static_cast<int64_t>(item_bytes(s.dtype));
+  const int64_t pitch = total(columns);
+  std::vector<int64_t> counts;
+  for (const int64_t n : columns) counts.push_back(rows * n);
+  const std::vector<int64_t> of_hosts = by_host(counts);
+  collective(s, counts[identity_.rank] * width, 0, [&] {
+    Buffer host(inter_ ? static_cast<size_t>(of_hosts[host_] * width) : 0);
+    intra_->gather(from_root(s, 0), in, host.data(), of_host(counts), stream);
+    if (inter_) {
+      Buffer all(static_cast<size_t>(rows * pitch * width));
+      inter_->all_gather(s, host.data(), all.data(), 1, of_hosts, stream);
+      const char* from = all.data();
+      int64_t start = 0;
+      for (const int64_t n : columns) {
+        for (int64_t row = 0; row < rows; ++row, from += n * width)
+          copy(static_cast<char*>(out) + (row * pitch + start) * width, from, n * width);
+        start += n;
+      }
+    }
+    intra_->broadcast(from_root(s, 0), out, rows * pitch, stream);
+  });
+}
+
+void TwoLevel::reduce_scatter(const Signature& s, const void* in, void* out,
+                              std::span<const int64_t> counts, Stream stream) {
+  TPN_CHECK(kernels::can_reduce(s.dtype, s.reduce), "reduce_scatter: ", name(s.dtype),
+            " cannot be reduced: expected float32, float64, float16 or bfloat16");
+  const auto width = static_cast<int64_t>(item_bytes(s.dtype));
+  const std::vector<int64_t> of_hosts = by_host(counts);
+  const int64_t whole = total(counts);
+  collective(s, whole * width, 0, [&] {
+    Buffer sum(static_cast<size_t>(whole * width));
+    intra_->all_reduce(summed(s), in, sum.data(), whole, {}, stream);
+    Buffer host(inter_ ? static_cast<size_t>(of_hosts[host_] * width) : 0);
+    if (inter_) {
+      inter_->reduce_scatter(summed(s), sum.data(), host.data(), of_hosts, stream);
+      if (s.reduce == ReduceOp::kAvg) average(s.dtype, host.data(), of_hosts[host_]);
+    }
+    intra_->scatter(from_root(s, 0), host.data(), out, of_host(counts), stream);
+  });
+}
+
+void TwoLevel::gather(const Signature& s, const void* in, void* out,
+                      std::span<const int64_t> counts, Stream stream) {
+  const auto width = static_cast<int64_t>(item_bytes(s.dtype));
+  const std::vector<int64_t> of_hosts = by_host(counts);
+  const int root_host = host_of(s.root);
+  const int root_local = local_of(s.root);
+  collective(s, counts[identity_.rank] * width, 0, [&] {
+    Buffer host(inter_ ? static_cast<size_t>(of_hosts[host_] * width) : 0);
+    intra_->gather(from_root(s, 0), in, host.data(), of_host(counts), stream);
+    const bool is_relayed = host_ == root_host && root_local != 0;
+    Buffer all(inter_ && is_relayed ? static_cast<size_t>(total(counts) * width) : 0);
+    if (inter_) {
+      inter_->gather(from_root(s, root_host), host.data(), is_relayed ? all.data() : out, of_hosts,
+                     stream);
+    }
+    if (!is_relayed) return;
+    std::vector<int64_t> to_root(static_cast<size_t>(host_sizes_[host_]), 0);
+    to_root[static_cast<size_t>(root_local)] = total(counts);
+    intra_->scatter(from_root(s, 0), all.data(), out, to_root, stream);
+  });
+}
+
+void TwoLevel::scatter(const Signature& s, const void* in, void* out,
+                       std::span<const int64_t> counts, Stream stream) {
+  const auto width = static_cast<int64_t>(item_bytes(s.dtype));
+  const std::vector<int64_t> of_hosts = by_host(counts);
+  const int root_host = host_of(s.root);
+  const int root_local = local_of(s.root);
+  collective(s, counts[identity_.rank] * width, 0, [&] {
+    const bool is_relayed = host_ == root_host && root_local != 0;
+    Buffer all(inter_ && is_relayed ? static_cast<size_t>(total(counts) * width) : 0);
+    if (is_relayed) {
+      std::vector<int64_t> by_root(static_cast<size_t>(host_sizes_[host_]), 0);
+      by_root[static_cast<size_t>(root_local)] = total(counts);
+      intra_->gather(from_root(s, 0), in, all.data(), by_root, stream);
+    }
+    Buffer host(inter_ ? static_cast<size_t>(of_hosts[host_] * width) : 0);
+    if (inter_) {
+      inter_->scatter(from_root(s, root_host), is_relayed ? all.data() : in, host.data(), of_hosts,
+                      stream);
+    }
+    intra_->scatter(from_root(s, 0), host.data(), out, of_host(counts), stream);
+  });
+}
+
+void TwoLevel::broadcast(const Signature& s, void* data, int64_t count, Stream stream) {
+  const int root_host = host_of(s.root);
+  const int64_t bytes = count * static_cast<int64_t>(item_bytes(s.dtype));
+  collective(s, bytes, 0, [&] {
+    if (host_ == root_host) intra_->broadcast(from_root(s, local_of(s.root)), data, count, stream);
+    if (inter_) inter_->broadcast(from_root(s, root_host), data, count, stream);
+    if (host_ != root_host) intra_->broadcast(from_root(s, 0), data, count, stream);
+  });
+}
+
+void TwoLevel::barrier(double timeout_s, Stream stream) {
+  const Signature signature;
+  collective(signature, 0, timeout_s, [&] {
+    // the outer waits are longer, so that the rank that is really late is named
+    intra_->barrier(this->timeout_s(), stream);
+    if (inter_) inter_->barrier(this->timeout_s(), stream);
+    intra_->barrier(2 * this->timeout_s() + 2, stream);
+  });
+}
+
+// ---- failures
+
+std::optional<Verdict> TwoLevel::explain() {
+  if (const auto verdict = board().verdict()) return verdict;
+  if (const auto failure = intra_->failure()) return translated(*failure, true);
+  if (inter_) {
+    if (const auto failure = inter_->failure()) return translated(*failure, false);
+  }
+  return std::nullopt;
+}
+
+Verdict TwoLevel::translated(const FailureRecord& failure, bool is_intra) {
+  const auto global = [&](int64_t number) {
+    if (is_intra) return first_[host_] + number;
+    return number < hosts() ? first_[static_cast<size_t>(number)] : number;
+  };
+  Verdict verdict{failure.kind, failure.peer < 0 ? -1 : static_cast<int>(global(failure.peer)),
+                  renumbered(inner_text(failure.message), global)};
+  if (failure.kind == FailureKind::kTimeout) {  // a leader may only be waiting for its own host
+    const Late late = find_late(board().call_roll(), seq());
+    if (late.culprit >= 0) verdict.culprit = late.culprit;
+    verdict.text = concat("rank ", verdict.culprit, " did not come within ", timeout_s(), " s; ",
+                          late.table, "; raise timeout_s if it is only slow");
+  }
+  return verdict;
+}
+
+}  // namespace tp_native::comm

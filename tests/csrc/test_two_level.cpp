@@ -1,0 +1,309 @@
+// SPDX-License-Identifier: Apache-2.0
+// Two levels with threads as ranks: "hosts" are local groups, and so is the group of leaders.
+#include "comm/two_level.h"
+
+#include <chrono>
+#include <cstring>
+#include <thread>
+
+#include "check.h"
+#include "comm/backends.h"
+#include "core/error.h"
+
+using namespace tp_native;        // NOLINT
+using namespace tp_native::comm;  // NOLINT
+using Ranks = std::vector<std::shared_ptr<Communicator>>;
+
+namespace {
+
+/// What a store is between hosts.
+struct Shared {
+  std::mutex mutex;
+  std::optional<Verdict> verdict;
+  std::vector<Status> ranks;
+  std::vector<std::function<void(const Verdict&)>> listeners;
+};
+
+class MemoryBoard final : public Board {
+ public:
+  MemoryBoard(std::shared_ptr<Shared> shared, int rank)
+      : shared_(std::move(shared)), rank_(static_cast<size_t>(rank)) {}
+  Verdict claim(const Verdict& verdict) override {
+    std::vector<std::function<void(const Verdict&)>> listeners;
+    {
+      std::lock_guard lock(shared_->mutex);
+      if (shared_->verdict) return *shared_->verdict;
+      shared_->verdict = verdict;
+      listeners = shared_->listeners;
+    }
+    for (const auto& tell : listeners) {
+      if (tell) tell(verdict);
+    }
+    return verdict;
+  }
+  std::optional<Verdict> verdict() const override {
+    std::lock_guard lock(shared_->mutex);
+    return shared_->verdict;
+  }
+  int left_before(uint64_t) const override { return -1; }
+  void set_status(OpCode op, uint64_t seq, bool is_inside) override {
+    std::lock_guard lock(shared_->mutex);
+    shared_->ranks[rank_] = {true, false, is_inside, op, seq};
+  }
+  std::vector<Status> call_roll() override {
+    std::lock_guard lock(shared_->mutex);
+    return shared_->ranks;
+  }
+  void on_verdict(std::function<void(const Verdict&)> fn) override {
+    std::lock_guard lock(shared_->mutex);
+    shared_->listeners[rank_] = std::move(fn);
+  }
+  void leave() override {
+    std::lock_guard lock(shared_->mutex);
+    shared_->listeners[rank_] = nullptr;
+  }
+
+ private:
+  std::shared_ptr<Shared> shared_;
+  size_t rank_;
+};
+
+Ranks make(const std::vector<int64_t>& hosts, double timeout_s = 20) {
+  static int count = 0;
+  const std::string name = "test:two:" + std::to_string(count++);
+  int size = 0;
+  for (const int64_t n : hosts) size += static_cast<int>(n);
+  auto shared = std::make_shared<Shared>();
+  shared->ranks.resize(static_cast<size_t>(size), {true, false, false, OpCode::kBarrier, 0});
+  shared->listeners.resize(static_cast<size_t>(size));
+  const Ranks leaders = make_local(
+      Identity{0, static_cast<int>(hosts.size()), name + "/leaders", "local", 0, timeout_s});
+  Ranks ranks;
+  for (size_t h = 0; h < hosts.size(); ++h) {
+    const Ranks host =
+        make_local(Identity{0, static_cast<int>(hosts[h]), name + "/" + std::to_string(h), "local",
+                            0, 2 * timeout_s + 2});
+    for (size_t r = 0; r < host.size(); ++r) {
+      const int rank = static_cast<int>(ranks.size());
+      ranks.push_back(std::make_shared<TwoLevel>(
+          Identity{rank, size, name, "two", 0, timeout_s}, host[r], r == 0 ? leaders[h] : nullptr,
+          std::make_shared<MemoryBoard>(shared, rank), hosts));
+    }
+  }
+  return ranks;
+}
+
+/// Runs `fn(rank)` on every rank; what each threw, an empty message for nothing.
+std::vector<FailureRecord> run(const Ranks& ranks, const std::function<void(Communicator&)>& fn) {
+  std::vector<FailureRecord> failures(ranks.size());
+  std::vector<std::thread> threads;
+  for (size_t r = 0; r < ranks.size(); ++r) {
+    threads.emplace_back([&, r] {
+      try {
+        fn(*ranks[r]);
+      } catch (const Error& error) {
+        failures[r] = error.record();
+      } catch (const std::exception& error) {
+        failures[r].message = error.what();
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  return failures;
+}
+
+void run_clean(const Ranks& ranks, const std::function<void(Communicator&)>& fn) {
+  for (const FailureRecord& failure : run(ranks, fn)) {
+    if (!failure.message.empty()) throw std::runtime_error(failure.message);
+  }
+}
+
+const std::vector<std::vector<int64_t>> kWorlds = {{2, 2}, {3, 1}, {1, 2, 2}, {1, 1}};
+
+void all_reduce(Communicator& c, float* data, int64_t count) {
+  const int64_t shape[] = {count};
+  c.all_reduce({.op = OpCode::kAllReduce, .dtype = DType::kFloat32, .shape = shape}, data, data,
+               count, {}, {});
+}
+
+}  // namespace
+
+TEST(all_reduce_adds_and_averages_over_even_and_uneven_hosts) {
+  for (const auto& hosts : kWorlds) {
+    const Ranks ranks = make(hosts);
+    const auto size = static_cast<int64_t>(ranks.size());
+    run_clean(ranks, [&](Communicator& c) {
+      const int me = c.identity().rank;
+      for (const int64_t count : {0, 1, 513, 70001}) {
+        const int64_t shape[] = {count};
+        const float bias[] = {0.5f};
+        for (const ReduceOp op : {ReduceOp::kSum, ReduceOp::kAvg, ReduceOp::kMax}) {
+          std::vector<float> data(static_cast<size_t>(count), static_cast<float>(2 * me));
+          const bool has_bias = op == ReduceOp::kSum;
+          c.all_reduce(
+              {.op = OpCode::kAllReduce, .dtype = DType::kFloat32, .reduce = op, .shape = shape},
+              data.data(), data.data(), count,
+              {.bias = has_bias ? bias : nullptr, .columns = has_bias ? 1 : 0}, {});
+          const int64_t expected = op == ReduceOp::kSum   ? size * (size - 1)
+                                   : op == ReduceOp::kAvg ? size - 1
+                                                          : 2 * (size - 1);
+          for (const float x : data)
+            CHECK_EQ(x, static_cast<float>(expected) + (has_bias ? 0.5f : 0.0f));
+        }
+      }
+    });
+  }
+}
+
+TEST(uneven_shares_are_gathered_scattered_and_broadcast) {
+  for (const auto& hosts : kWorlds) {
+    const Ranks ranks = make(hosts);
+    const int size = static_cast<int>(ranks.size());
+    run_clean(ranks, [&](Communicator& c) {
+      const int me = c.identity().rank;
+      for (const int64_t scale : {1, 9000}) {
+        std::vector<int64_t> counts;
+        int64_t whole = 0;
+        for (int r = 0; r < size; ++r) whole += counts.emplace_back((r + size - 1) % size * scale);
+        const int64_t mine = counts[static_cast<size_t>(me)];
+        const int64_t shape[] = {3, whole};
+        const auto expect = [&](const std::vector<float>& found, int64_t rows) {
+          size_t i = 0;
+          for (int64_t row = 0; row < rows; ++row) {
+            for (int r = 0; r < size; ++r) {
+              for (int64_t k = 0; k < counts[static_cast<size_t>(r)]; ++k)
+                CHECK_EQ(found[i++], static_cast<float>(100 * r + row));
+            }
+          }
+        };
+        std::vector<float> in(static_cast<size_t>(3 * mine));
+        for (size_t i = 0; i < in.size(); ++i)
+          in[i] =
+              static_cast<float>(100 * me + static_cast<int64_t>(i) / std::max<int64_t>(1, mine));
+        std::vector<float> all(static_cast<size_t>(3 * whole), -1);
+        c.all_gather({.op = OpCode::kAllGather,
+                      .dtype = DType::kFloat32,
+                      .dim = 1,
+                      .shape = shape,
+                      .sizes = counts},
+                     in.data(), all.data(), 3, counts, {});
+        expect(all, 3);
+
+        std::vector<float> out(static_cast<size_t>(mine), -1);
+        c.reduce_scatter({.op = OpCode::kReduceScatter,
+                          .dtype = DType::kFloat32,
+                          .shape = shape,
+                          .sizes = counts},
+                         all.data(), out.data(), counts, {});
+        for (const float x : out) CHECK_EQ(x, static_cast<float>(100 * me * size));
+
+        for (int root = 0; root < size; ++root) {
+          const Signature gathers{.op = OpCode::kGather,
+                                  .dtype = DType::kFloat32,
+                                  .root = root,
+                                  .shape = shape,
+                                  .sizes = counts};
+          std::vector<float> whole_at_root(me == root ? static_cast<size_t>(whole) : 0, -1);
+          c.gather(gathers, in.data(), me == root ? whole_at_root.data() : nullptr, counts, {});
+          if (me == root) expect(whole_at_root, 1);
+          Signature scatters = gathers;
+          scatters.op = OpCode::kScatter;
+          std::vector<float> back(static_cast<size_t>(mine), -1);
+          c.scatter(scatters, me == root ? whole_at_root.data() : nullptr, back.data(), counts, {});
+          for (const float x : back) CHECK_EQ(x, static_cast<float>(100 * me));
+          std::vector<float> told(static_cast<size_t>(scale), static_cast<float>(me));
+          c.broadcast(
+              {.op = OpCode::kBroadcast, .dtype = DType::kFloat32, .root = root, .shape = shape},
+              told.data(), scale, {});
+          for (const float x : told) CHECK_EQ(x, static_cast<float>(root));
+        }
+        c.barrier(0, {});
+      }
+    });
+  }
+}
+
+TEST(sixteen_bit_sums_are_bitwise_equal_on_all_ranks) {
+  const Ranks ranks = make({2, 3});
+  std::vector<std::vector<uint16_t>> found(5);
+  run_clean(ranks, [&](Communicator& c) {
+    std::vector<uint16_t> data(5000);
+    const auto me = static_cast<uint32_t>(c.identity().rank);
+    for (uint32_t i = 0; i < data.size(); ++i)
+      data[i] = static_cast<uint16_t>(0x3f00u + (i * 2654435761u * (me + 1) >> 24));
+    const int64_t shape[] = {5000};
+    c.all_reduce({.op = OpCode::kAllReduce, .dtype = DType::kBFloat16, .shape = shape}, data.data(),
+                 data.data(), 5000, {}, {});
+    found[me] = data;
+  });
+  for (const auto& data : found) CHECK(data == found[0]);
+}
+
+TEST(a_mismatch_between_hosts_names_global_ranks_on_all) {
+  const Ranks ranks = make({2, 2});
+  const auto failures = run(ranks, [](Communicator& c) {
+    std::vector<float> data(6, 1.0f);
+    all_reduce(c, data.data(), c.identity().rank >= 2 ? 5 : 6);
+  });
+  for (int r = 0; r < 4; ++r) {
+    const FailureRecord& failure = failures[static_cast<size_t>(r)];
+    CHECK(failure.kind == FailureKind::kMismatch);
+    CHECK_EQ(failure.rank, r);
+    CHECK_EQ(failure.peer, 2);
+    CHECK(failure.message.find("rank 0 all_reduce(sum, float32 [6]); rank 2 all_reduce(sum, "
+                               "float32 [5])") != std::string::npos);
+  }
+}
+
+TEST(a_mismatch_within_a_host_reaches_the_other_hosts) {
+  const Ranks ranks = make({2, 2});
+  const auto failures = run(ranks, [](Communicator& c) {
+    std::vector<float> data(6, 1.0f);
+    all_reduce(c, data.data(), c.identity().rank == 3 ? 5 : 6);
+  });
+  for (const FailureRecord& failure : failures) {
+    CHECK(failure.kind == FailureKind::kMismatch);
+    CHECK_EQ(failure.peer, 3);
+    CHECK(failure.message.find("rank 3 all_reduce(sum, float32 [5])") != std::string::npos);
+  }
+}
+
+TEST(abort_and_leaving_end_every_rank_of_every_host) {
+  const Ranks ranks = make({2, 2});
+  const auto failures = run(ranks, [](Communicator& c) {
+    if (c.identity().rank == 3) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(30));
+      return c.abort("out of patience");
+    }
+    c.barrier(0, {});
+  });
+  for (size_t r = 0; r < 3; ++r) {
+    CHECK(failures[r].kind == FailureKind::kAborted);
+    CHECK_EQ(failures[r].peer, 3);
+    CHECK(failures[r].message.find("rank 3 aborted the group: out of patience") !=
+          std::string::npos);
+  }
+  const Ranks others = make({2, 2});
+  const auto left = run(others, [](Communicator& c) {
+    if (c.identity().rank == 3) return c.close();
+    c.barrier(0, {});
+  });
+  for (size_t r = 0; r < 3; ++r) {
+    CHECK(left[r].kind == FailureKind::kPeerLost);
+    CHECK_EQ(left[r].peer, 3);
+  }
+}
+
+TEST(a_late_rank_is_named_though_its_leader_is_late_with_it) {
+  const Ranks ranks = make({2, 2}, 0.3);
+  const auto failures = run(ranks, [](Communicator& c) {
+    if (c.identity().rank == 3) std::this_thread::sleep_for(std::chrono::milliseconds(900));
+    c.barrier(0, {});
+  });
+  for (const FailureRecord& failure : failures) {
+    CHECK(failure.kind == FailureKind::kTimeout);
+    CHECK_EQ(failure.peer, 3);
+  }
+}
+
+int main() { return check::run_all(); }

@@ -1,0 +1,277 @@
+"""Groups over torch.distributed: Gloo on loopback, against the same oracle as shared memory."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+import tp_native as tp
+from harness import World
+from test_collectives import (
+    gathers_and_scatters,
+    reduces_any_layout,
+    reduces_like_the_oracle,
+    replicated_bits,
+)
+from test_faults import call, loops_until_told, warm_up
+from tp_native import c10d
+from tp_native.group import Group
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def free_port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return str(s.getsockname()[1])
+
+
+def world_over_gloo(size: int, **init_args: Any) -> World:
+    env = {"MASTER_PORT": free_port(), "GLOO_SOCKET_IFNAME": "lo"}
+    return World(size, env=[env] * size, backend="c10d", **init_args)
+
+
+@pytest.fixture(scope="module")
+def worlds() -> Iterator[dict[int, World]]:
+    made = {size: world_over_gloo(size) for size in (2, 3)}
+    yield made
+    for world in made.values():
+        world.kill()
+
+
+@pytest.fixture
+def alone() -> Iterator[dist.ProcessGroup]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    assert dist.group.WORLD is not None
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_a_process_group_of_one_is_a_world_of_one(alone: dist.ProcessGroup) -> None:
+    group = tp.current_group(alone)
+    assert (group.rank, group.size, group.backend) == (0, 1, "c10d")
+    assert tp.current_group(alone) is group
+    assert torch.equal(group.all_reduce_(torch.ones(3)), torch.ones(3))
+    layer = tp.ColumnParallelLinear(4, 3, group=alone)  # type: ignore[arg-type]
+    assert layer(torch.ones(2, 4)).shape == (2, 3)
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "tp"))
+    with pytest.raises(ValueError, match=r'device mesh of 2 dimensions .*: .* mesh\["tp"\]'):
+        tp.current_group(mesh)
+    assert tp.current_group(mesh["tp"]).size == 1
+    with pytest.raises(ValueError, match="not a member"):
+        tp.current_group(dist.GroupMember.NON_GROUP_MEMBER)  # type: ignore[arg-type]
+    group.close()
+    assert tp.current_group(alone) is not group
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_all_reduce_equals_the_sum_in_rank_order(worlds: dict[int, World], size: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        worlds[size].run(reduces_like_the_oracle, dtype)
+    bits = worlds[size].run(replicated_bits)
+    assert all(b == bits[0] for b in bits)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_any_layout_and_uneven_shares(worlds: dict[int, World], size: int) -> None:
+    worlds[size].run(reduces_any_layout)
+    for dtype in (torch.float32, torch.bfloat16, torch.int64, torch.bool):
+        worlds[size].run(gathers_and_scatters, dtype)
+
+
+def layers_equal_dense(group: Group) -> None:
+    rank = group.rank
+    pg = dist.group.WORLD
+    up, down = torch.nn.Linear(6, 7).double(), torch.nn.Linear(7, 5).double()
+    column = tp.ColumnParallelLinear(6, 7, group=pg).double()  # type: ignore[arg-type]
+    row = tp.RowParallelLinear(7, 5, group=pg).double()  # type: ignore[arg-type]
+    assert column.group is group and row.group is group
+    cut = column.partition.slice(rank)
+    with torch.no_grad():
+        column.weight.copy_(up.weight[cut])
+        column.bias.copy_(up.bias[cut])
+        row.weight.copy_(down.weight[:, cut])
+        row.bias.copy_(down.bias)
+    x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    xd = x.detach().clone().requires_grad_()
+    y, yd = row(column(x)), down(up(xd))
+    torch.testing.assert_close(y, yd, rtol=1e-12, atol=1e-12)  # the order of a sum of 7
+    y.square().sum().backward()
+    yd.square().sum().backward()
+    for mine, dense in [
+        (x.grad, xd.grad),
+        (column.weight.grad, up.weight.grad[cut]),
+        (row.weight.grad, down.weight.grad[:, cut]),
+        (row.bias.grad, down.bias.grad),
+    ]:
+        torch.testing.assert_close(mine, dense, rtol=1e-12, atol=1e-12)
+
+
+def groups_of_torch(group: Group) -> None:
+    size = group.size
+    pg = dist.group.WORLD
+    assert tp.current_group(pg) is group and group.backend == "c10d"
+    assert (group.rank, group.size) == (dist.get_rank(), size)
+    mesh = init_device_mesh("cpu", (size,), mesh_dim_names=("tp",))
+    over_mesh = tp.current_group(mesh)
+    assert over_mesh.size == size and over_mesh is tp.current_group(mesh["tp"])
+    sub = dist.new_group([1, 0])
+    if group.rank < 2:
+        pair = tp.current_group(sub)
+        assert float(pair.all_reduce_(torch.tensor(1.0 + group.rank))) == 3.0
+        names: list[Any] = [None] * 2
+        dist.all_gather_object(names, pair.name, group=sub)
+        assert names[0] == names[1] == pair.name != group.name
+        assert [line[1] for line in pair.op_log()] == ["all_reduce"]
+        assert pair.stats()["collectives"] == 1 and pair.stats()["bytes"] == 4
+        pair.close()
+        again = tp.current_group(sub)
+        assert again.name != pair.name
+        again.barrier()
+    group.barrier()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_process_groups_and_meshes_stand_for_groups(worlds: dict[int, World], size: int) -> None:
+    worlds[size].run(groups_of_torch)
+    worlds[size].run(layers_equal_dense)
+
+
+UNLIKE = [
+    "float32",
+    "int32",
+    "three by two",
+    "bfloat16",
+    "max",
+    "broadcast",
+    "broadcast from 1",
+    "gather",
+    "barrier",
+    "linear",
+]
+
+
+def mismatches(group: Group, pairs: list[tuple[str, str]]) -> None:
+    for pair in pairs:
+        fresh = tp.current_group(dist.new_group())
+        with pytest.raises(
+            tp.CollectiveMismatchError, match="entered different collectives: rank 0 .*; rank 1 "
+        ) as info:
+            call(fresh, pair[group.rank])
+        assert info.value.peer == 1
+        with pytest.raises(tp.CollectiveMismatchError) as again:
+            fresh.barrier()
+        assert str(again.value) == str(info.value)  # poisoned: the same record
+        fresh.close()
+
+
+def test_every_pair_of_unlike_calls_is_a_mismatch(worlds: dict[int, World]) -> None:
+    worlds[2].run(mismatches, list(itertools.combinations(UNLIKE, 2)))
+
+
+def fails_in_many_ways(group: Group) -> None:
+    fresh = tp.current_group(dist.new_group())
+    if group.rank == 1:
+        time.sleep(1.0)
+    with pytest.raises(
+        tp.CollectiveTimeoutError,
+        match=r"rank 1 did not come within 0.3 s; ranks: 0 is in barrier #1, 1 has called nothing",
+    ) as info:
+        fresh.barrier(timeout_s=0.3)
+    assert info.value.peer == 1
+    fresh = tp.current_group(dist.new_group())
+    if group.rank == 1:
+        fresh.abort("enough")
+    with pytest.raises(tp.TensorParallelError, match="rank 1 aborted the group: enough"):
+        fresh.barrier()
+    fresh = tp.current_group(dist.new_group())
+    fresh.barrier()
+    if group.rank == 1:
+        fresh.close()
+    else:
+        with pytest.raises(tp.PeerLostError, match="rank 1 left the group"):
+            fresh.all_reduce_(torch.ones(5000))
+    group.barrier()
+
+
+def test_late_aborting_and_leaving_ranks_are_named(worlds: dict[int, World]) -> None:
+    worlds[2].run(fails_in_many_ways)
+
+
+@pytest.mark.parametrize("victim", [1, 2])
+def test_a_killed_rank_is_named_on_all_others(victim: int) -> None:
+    world = world_over_gloo(3)
+    try:
+        world.run(warm_up)
+        world.start(loops_until_told, "all_reduce" if victim == 1 else "row_parallel_linear")
+        time.sleep(0.3)
+        killed_at = time.monotonic()
+        world.signal(victim, signal.SIGKILL)
+        for rank, outcome in enumerate(world.outcomes(20)):
+            if rank == victim:
+                assert outcome is None
+                continue
+            assert outcome is not None
+            found = outcome.result
+            assert (found["type"], found["peer"], found["rank"]) == (
+                "PeerLostError",
+                victim,
+                rank,
+            ), found
+            assert f"rank {victim} died" in found["text"] and found["again"] == found["text"]
+            assert found["at"] - killed_at < 10, found
+    finally:
+        world.kill()
+
+
+def is_interrupted(group: Group) -> str:
+    if group.rank == 0:
+        with pytest.raises(KeyboardInterrupt):
+            group.barrier()
+        return "interrupted"
+    time.sleep(1.0)
+    with pytest.raises(tp.PeerLostError, match="rank 0 was interrupted by a signal") as info:
+        group.barrier()
+    return str(info.value)
+
+
+def test_ctrl_c_ends_a_wait_and_tells_the_peers_and_the_ranks_end() -> None:
+    world = world_over_gloo(2)
+    try:
+        world.run(warm_up)
+        world.start(is_interrupted)
+        time.sleep(0.4)
+        world.signal(0, signal.SIGINT)
+        assert world.results(20)[0] == "interrupted"
+        assert world.stop() == [0, 0]  # no transfer that still waits keeps a process
+    finally:
+        world.kill()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        ([("a", 0, 2), ("b", 0, 1), ("a", 1, 2)], r"ranks \[0, 2\] are on one host and do not"),
+        ([("a", 0, 2), ("b", 0, 2), ("b", 1, 2)], "rank 0 has LOCAL_RANK=0 and LOCAL_WORLD_SIZE=2"),
+        ([("a", 0, 2), ("a", 0, 2), ("b", 0, 1)], "rank 1 has LOCAL_RANK=0"),
+    ],
+)
+def test_hosts_that_do_not_fit_are_explained(
+    ranks: list[tuple[str, int, int]], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        c10d.cut_into_hosts(ranks)
+
+
+def test_hosts_of_unlike_size_are_counted() -> None:
+    ranks = [("a", 0, 1), ("b", 0, 2), ("b", 1, 2), ("c", 0, 1)]
+    assert c10d.cut_into_hosts(ranks) == [1, 2, 1]

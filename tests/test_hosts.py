@@ -1,0 +1,180 @@
+"""Ranks of several hosts: hosts on one machine told apart by their agent, and hosts that are network
+namespaces with nothing but a cable between them.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import tp_native as tp
+from harness import World
+from oracle import rank_data, reduce_in_rank_order
+from test_c10d import free_port
+from test_collectives import gathers_and_scatters
+from test_faults import loops_until_told, warm_up
+from tp_native.group import Group
+
+pytestmark = pytest.mark.timeout(60)
+
+
+def host_env(sizes: list[int], **common: str) -> list[dict[str, str]]:
+    """What torchrun sets for ranks of hosts of these sizes."""
+    return [
+        {
+            "LOCAL_RANK": str(local),
+            "LOCAL_WORLD_SIZE": str(size),
+            "GROUP_RANK": str(host),
+            "GLOO_SOCKET_IFNAME": "lo",
+            **common,
+        }
+        for host, size in enumerate(sizes)
+        for local in range(size)
+    ]
+
+
+def world_of_hosts(sizes: list[int], **init_args: Any) -> World:
+    return World(sum(sizes), env=host_env(sizes, MASTER_PORT=free_port()), **init_args)
+
+
+def works_over_hosts(group: Group, sizes: list[int]) -> tuple[str, list[bytes]]:
+    assert not dist.is_initialized()
+    bits = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for count in (0, 5, 3001, 70001):
+            parts = [rank_data((count,), dtype, r) for r in range(group.size)]
+            ends = [sum(sizes[: h + 1]) for h in range(len(sizes))]
+            hosts = [
+                reduce_in_rank_order(parts[end - n : end])
+                for n, end in zip(sizes, ends, strict=True)
+            ]
+            mine = group.all_reduce_(parts[group.rank].clone())
+            assert torch.equal(mine, reduce_in_rank_order(hosts)), (dtype, count)
+            bits.append(mine.view(torch.uint8).numpy().tobytes())
+    gathers_like_one_host(group)
+    layer = tp.RowParallelLinear(10, 6, group=group).double()
+    dense = torch.nn.Linear(10, 6).double()
+    with torch.no_grad():
+        layer.weight.copy_(dense.weight[:, layer.partition.slice(group.rank)])
+        layer.bias.copy_(dense.bias)
+    x = torch.randn(3, 10, dtype=torch.float64)
+    y = layer(x[:, layer.partition.slice(group.rank)])
+    torch.testing.assert_close(y, dense(x), rtol=1e-12, atol=1e-12)  # the order of a sum of 10
+    y.sum().backward()
+    assert layer.weight.grad is not None and group.stats()["collectives"] > 0
+    group.barrier()
+    return group.backend, bits
+
+
+def gathers_like_one_host(group: Group) -> None:
+    gathers_and_scatters(group, torch.int64)
+    gathers_and_scatters(group, torch.bool)
+
+
+def test_uneven_hosts_compute_like_one() -> None:
+    sizes = [2, 1]
+    world = world_of_hosts(sizes)
+    try:
+        found = world.run(works_over_hosts, sizes)
+        assert all(f == found[0] for f in found) and found[0][0] == "shm+c10d"
+        assert world.stop() == [0, 0, 0]
+    finally:
+        world.kill()
+
+
+def check_kill(world: World, victim: int) -> None:
+    world.start(loops_until_told, "all_reduce")
+    time.sleep(0.3)
+    killed_at = time.monotonic()
+    world.signal(victim, signal.SIGKILL)
+    for rank, outcome in enumerate(world.outcomes(20)):
+        if rank == victim:
+            assert outcome is None
+            continue
+        assert outcome is not None
+        found = outcome.result
+        assert found["type"] == "PeerLostError" and found["peer"] == victim, found
+        assert found["rank"] == rank and f"rank {victim} " in found["text"], found
+        assert found["again"] == found["text"]
+        assert found["at"] - killed_at < 10, found
+
+
+def test_a_killed_leader_is_named_on_every_host() -> None:
+    world = world_of_hosts([2, 2])
+    try:
+        world.run(warm_up)
+        check_kill(world, 2)
+    finally:
+        world.kill()
+
+
+def test_a_missing_host_is_named_at_the_deadline() -> None:
+    env = host_env([1, 1], MASTER_PORT=free_port())
+    world = World(2, env=env[:1], ranks=[0], init_timeout_s=1.0)
+    try:
+        world.start(warm_up)
+        outcome = world.outcomes(20)[0]
+        assert outcome is not None and isinstance(outcome.error, Exception)
+        assert "ranks missing: [1]" in str(outcome.error) or "1/2 clients joined" in str(
+            outcome.error
+        )
+    finally:
+        world.kill()
+
+
+@pytest.fixture
+def cable() -> Iterator[list[list[str]]]:
+    """Two network namespaces with a cable between them; the commands that run something inside.
+    They have no names: they end with the processes that hold them.
+    """
+    told = subprocess.run(["unshare", "-n", "true"], capture_output=True, text=True)
+    if told.returncode != 0:
+        pytest.skip(f"network namespaces need CAP_SYS_ADMIN (root): {told.stderr.strip()}")
+    holders = [subprocess.Popen(["unshare", "-n", "sleep", "120"]) for _ in range(2)]
+    try:
+        inside = [["nsenter", "-t", str(holder.pid), "-n"] for holder in holders]
+        time.sleep(0.2)  # until both have unshared
+        steps = [
+            [*inside[0], "ip", "link", "add", "tpn0", "type", "veth", "peer", "name", "tpn1"],
+            [*inside[0], "ip", "link", "set", "tpn1", "netns", str(holders[1].pid)],
+            *(
+                [*inside[i], "ip", *step]
+                for i in range(2)
+                for step in (
+                    ["link", "set", "lo", "up"],
+                    ["addr", "add", f"10.77.0.{i + 1}/24", "dev", f"tpn{i}"],
+                    ["link", "set", f"tpn{i}", "up"],
+                )
+            ),
+        ]
+        for step in steps:
+            told = subprocess.run(step, capture_output=True, text=True)
+            if told.returncode != 0:
+                pytest.skip(f"a veth pair needs CAP_NET_ADMIN: {' '.join(step)}: {told.stderr}")
+        yield inside
+    finally:
+        for holder in holders:
+            holder.kill()
+            holder.wait()
+
+
+def test_two_network_namespaces_compute_and_name_a_rank_killed_on_the_other(
+    cable: list[list[str]],
+) -> None:
+    env = host_env([2, 2], MASTER_ADDR="10.77.0.1", MASTER_PORT="29400", GROUP_RANK="")
+    for rank in range(4):
+        env[rank]["GLOO_SOCKET_IFNAME"] = f"tpn{rank // 2}"
+    world = World(4, env=env, prefixes=[cable[rank // 2] for rank in range(4)])
+    try:
+        found = world.run(works_over_hosts, [2, 2])
+        assert all(f == found[0] for f in found)
+        check_kill(world, 3)
+    finally:
+        world.kill()
