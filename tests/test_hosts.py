@@ -1,5 +1,5 @@
-"""Ranks of several hosts: hosts on one machine told apart by their agent, and hosts that are network
-namespaces with nothing but a cable between them.
+"""Ranks of several hosts: hosts on one machine told apart by their agent, and hosts that are
+network namespaces with nothing but a cable between them.
 """
 
 from __future__ import annotations

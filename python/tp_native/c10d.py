@@ -1,5 +1,5 @@
-"""``torch.distributed`` under a group: process groups and device meshes of the user's, and the ranks
-of several hosts.
+"""``torch.distributed`` under a group: process groups and device meshes of the user's, and the
+ranks of several hosts.
 
 Process groups are found by the native core by their name; bytes go over their own backend (Gloo),
 agreement on failures over their store.
@@ -10,9 +10,16 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import (
+    PrefixStore,
+    ProcessGroupGloo,
+    Store,
+    _register_process_group,
+)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
@@ -58,9 +65,9 @@ def world() -> dist.ProcessGroup:
     return group
 
 
-def join(group: dist.ProcessGroup, name: str, timeout_s: float) -> _C.Communicator:
-    """Group ``name`` over a process group, registered. Called on all its ranks."""
-    _ops.join_c10d(name, group.group_name, timeout_s)
+def join(name: str, process_group_name: str, timeout_s: float) -> _C.Communicator:
+    """Group ``name`` over the process group of that name, registered. Called on all its ranks."""
+    _ops.join_c10d(name, process_group_name, timeout_s)
     return _C.find(name)
 
 
@@ -76,14 +83,14 @@ def _host_id() -> str:
     return f"{boot}/{os.readlink('/proc/self/ns/net')}/{os.environ.get('GROUP_RANK', '')}"
 
 
-def _job_store(rank: int, size: int, start: int, timeout: timedelta) -> dist.Store:
+def _job_store(rank: int, size: int, start: int, timeout: timedelta) -> Store:
     """torchrun's store (or the default process group's), under a prefix of this start."""
     if dist.is_initialized():
         store = dist.distributed_c10d._get_default_store()
     else:
         store, _, _ = next(iter(rendezvous("env://", rank, size, timeout=timeout)))
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"tp_native/{restart}/{start}", store)
+    return PrefixStore(f"tp_native/{restart}/{start}", store)
 
 
 def cut_into_hosts(ranks: list[tuple[str, int, int]]) -> list[int]:
@@ -148,21 +155,20 @@ def join_hosts(
     leaders = ""
     if local_rank == 0:
         leaders = f"{name}/leaders"
-        backend = dist.ProcessGroupGloo(
-            dist.PrefixStore("leaders", store), host, len(sizes), timeout
-        )
+        backend = ProcessGroupGloo(PrefixStore("leaders", store), host, len(sizes), timeout)
         linked = _process_group(leaders, store, host, len(sizes))
         linked._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
-        join(linked, leaders, timeout_s)
-    job = _process_group(f"{name}/job", store, rank, size)
-    _ops.join_hosts(name, intra.name, leaders, job.group_name, sizes, timeout_s)
+        join(leaders, leaders, timeout_s)
+    job = f"{name}/job"
+    held = _process_group(job, store, rank, size)
+    _ops.join_hosts(name, intra.name, leaders, job, sizes, timeout_s)
+    del held  # found by its name; the native core keeps its store
     return _C.find(name)
 
 
-def _process_group(name: str, store: dist.Store, rank: int, size: int) -> dist.ProcessGroup:
+def _process_group(name: str, store: Store, rank: int, size: int) -> dist.ProcessGroup:
     """One that only the native core knows, by ``name``, for as long as the caller holds it."""
     group = dist.ProcessGroup(store, rank, size)
-    group._set_group_name(name)
     group._set_default_backend(dist.ProcessGroup.BackendType.GLOO)
-    torch._C._distributed_c10d._register_process_group(name, group)
+    _register_process_group(cast(Any, name), group)  # a NewType in some versions
     return group

@@ -350,7 +350,7 @@ class _Process:
         config = TensorParallelConfig(
             ranks.rank(), ranks.size(), backend="c10d", timeout_s=timeout_s
         )
-        communicator = c10d.join(ranks, name, timeout_s) if ranks.size() > 1 else None
+        communicator = c10d.join(name, ranks.group_name, timeout_s) if ranks.size() > 1 else None
         made = Group(config, communicator, name)
         self.joined[ranks.group_name] = (ranks, made)
         return made
@@ -422,8 +422,8 @@ def init_tensor_parallel(
     _check_timeout("frozen_timeout_s", frozen_timeout_s)
     if backend not in ("auto", "shm", "c10d", "nccl"):
         raise ValueError(
-            f'backend {backend!r}: expected "auto", "shm", "c10d" or "nccl"; thread ranks come from '
-            "simulate()"
+            f'backend {backend!r}: expected "auto", "shm", "c10d" or "nccl"; thread ranks '
+            "come from simulate()"
         )
     if backend == "nccl" and not _C.is_available("nccl"):
         raise ValueError('backend "nccl" is not part of this build: use "auto" or "shm" (CPU)')
