@@ -22,7 +22,7 @@ from test_collectives import (
     reduces_like_the_oracle,
     replicated_bits,
 )
-from test_faults import call, loops_until_told, warm_up
+from test_faults import call, child_after_fork, loops_until_told, warm_up
 from tp_native import c10d
 from tp_native.group import Group
 
@@ -202,6 +202,10 @@ def fails_in_many_ways(group: Group) -> None:
 
 def test_late_aborting_and_leaving_ranks_are_named(worlds: dict[int, World]) -> None:
     worlds[2].run(fails_in_many_ways)
+
+
+def test_a_forked_child_is_refused_and_does_no_harm(worlds: dict[int, World]) -> None:
+    assert worlds[2].run(child_after_fork) == [7, 7]
 
 
 def test_a_killed_rank_is_named_on_all_others() -> None:

@@ -53,6 +53,8 @@ StoreBoard::~StoreBoard() { leave(); }
 void StoreBoard::leave() {
   if (owner_.is_elsewhere()) {  // a forked child: the thread is its parent's, and so is the lock
     if (thread_.joinable()) thread_.detach();
+    (void)origin_.release();  // a store's server has a thread too
+    (void)store_.release();
     return;
   }
   {
