@@ -45,8 +45,6 @@ class BoardCommunicator : public Communicator {
   double timeout_s() const { return timeout_s_; }
   uint64_t seq() const { return seq_; }
   bool is_forked_child() const { return owner_.is_elsewhere(); }
-  std::mutex& mutex() const { return mutex_; }
-  Stats& counts() { return stats_; }
 
  private:
   void check_usable();
