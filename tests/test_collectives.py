@@ -242,8 +242,17 @@ def bad_arguments(group: Group) -> None:
         group.reduce_scatter(torch.ones(2, 2), 3, tp.Partition.from_sizes([1, 1]))
     with pytest.raises(TypeError, match="dtype ComplexFloat cannot be sent"):
         group.all_gather(torch.ones(2, dtype=torch.complex64))
-    with pytest.raises(tp.TensorParallelError, match="int64 cannot be reduced"):
-        group.all_reduce_(torch.ones(2, dtype=torch.int64))
+    for dtype in (torch.int64, torch.bool):
+        with pytest.raises(TypeError, match='values have no "avg"'):
+            group.all_reduce_(torch.ones(2, dtype=dtype), "avg")
+    with pytest.raises(ValueError, match="gather: dst 2 is not a rank"):
+        group.gather(t, 2)
+    with pytest.raises(
+        ValueError, match=r"scatter: rank \d (needs|must not give) the whole tensor"
+    ):
+        group.scatter(t, None if group.rank == 0 else t, 0)
+    with pytest.raises(IndexError, match="no dimensions"):
+        group.all_gather(torch.tensor(1.0), 0)
     assert torch.equal(
         group.all_reduce_(t), torch.full((4,), 2.0)
     )  # nothing was sent, nothing is lost
@@ -279,3 +288,64 @@ def counts(group: Group) -> tuple[int, int]:
 def test_stats_count_collectives_and_bytes() -> None:
     assert run_ranks(counts, 1) == [(0, 0)]
     assert run_ranks(counts, 2) == [(1, 4000)] * 2
+
+
+INTEGERS = [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
+
+
+def reduces_integers(group: Group, dtype: torch.dtype) -> None:
+    for count in (0, 1, 20, 1000, 70001):  # in the announcing line, one-shot, in two phases
+        parts = [
+            torch.randint(0, 2 if dtype is torch.bool else 100, (count,)).to(dtype).roll(r)
+            for r in range(group.size)
+        ]
+        stacked = torch.stack(parts)
+        expected = {
+            "sum": stacked.any(0) if dtype is torch.bool else stacked.sum(0).to(dtype),
+            "max": stacked.any(0) if dtype is torch.bool else stacked.amax(0),
+            "min": stacked.all(0) if dtype is torch.bool else stacked.amin(0),
+        }
+        for op, whole in expected.items():
+            assert torch.equal(group.all_reduce_(parts[group.rank].clone(), op), whole), (count, op)
+            shared = group.empty_shared(count, dtype=dtype).copy_(parts[group.rank])
+            assert torch.equal(group.all_reduce_(shared, op), whole), (count, op)
+            cut = tp.Partition.even(count, group.size)
+            mine = group.reduce_scatter(parts[group.rank], op=op)
+            assert torch.equal(mine, whole[cut.slice(group.rank)]), (count, op)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=str)
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_integers_and_bool_are_reduced_as_torch_does(world_size: int, dtype: torch.dtype) -> None:
+    run_ranks(reduces_integers, world_size, dtype)
+
+
+def moves_to_and_from_one_rank(group: Group, dtype: torch.dtype) -> None:
+    for rows, width in [(3, 4), (1, 0), (0, 5), (700, 301)]:
+        sizes = [width + 7 * r for r in range(group.size)]
+        cut = tp.Partition.from_sizes(sizes)
+        parts = [
+            (100 * rank_data((rows, n), torch.float64, r)).to(dtype) for r, n in enumerate(sizes)
+        ]
+        whole = torch.cat(parts, 1)
+        for root in range(group.size):
+            found = group.gather(parts[group.rank], root, 1, cut)
+            assert (found is None) == (group.rank != root)
+            assert found is None or torch.equal(found, whole)
+            out = torch.empty(rows, sizes[group.rank], dtype=dtype)
+            given = whole if group.rank == root else None
+            assert group.scatter(out, given, root, 1, cut) is out
+            assert torch.equal(out, parts[group.rank])
+            strided = torch.zeros(sizes[group.rank], rows, 2, dtype=dtype)[:, :, 1]
+            group.scatter(strided, None if given is None else given.t(), root, 0, cut)
+            assert torch.equal(strided, parts[group.rank].t())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool], ids=str)
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_gather_and_scatter_cut_unevenly(world_size: int, dtype: torch.dtype) -> None:
+    run_ranks(moves_to_and_from_one_rank, world_size, dtype)
+
+
+def test_sixteen_thread_ranks_reduce_alike() -> None:
+    tp.simulate(reduces_like_the_oracle, 16, torch.float32)

@@ -371,3 +371,93 @@ def child_after_fork(group: Group) -> int:
 
 def test_a_forked_child_is_refused_and_does_no_harm() -> None:
     assert run_ranks(child_after_fork, 2) == [7, 7]
+
+
+def waits_for_others(group: Group) -> dict[str, Any]:
+    group.all_reduce_(torch.ones(3))
+    if group.rank == 0:
+        return {**loops_until_told(group, "barrier"), "log": []}
+    return {**loops_until_told(group, "barrier"), "log": []}
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_frozen_rank_is_warned_of_and_then_given_up(size: int, tmp_path: Any) -> None:
+    logs = [tmp_path / f"{rank}.log" for rank in range(size)]
+    world = World(size, frozen_timeout_s=2.5, env=[{"TPN_TEST_LOG": str(log)} for log in logs])
+    try:
+        world.start(logs_warnings_until_told)
+        time.sleep(0.7)
+        stopped_at = time.monotonic()
+        world.signal(1, signal.SIGSTOP)
+        time.sleep(3.2)
+        world.signal(1, signal.SIGKILL)  # it cannot answer the harness
+        for rank, outcome in enumerate(world.outcomes(20)):
+            if rank == 1:
+                continue
+            assert outcome is not None
+            found = outcome.result
+            assert (found["type"], found["peer"]) == ("PeerLostError", 1), found
+            assert "is frozen" in found["text"] and "process state T" in found["text"]
+            assert found["at"] - stopped_at <= 2.5 + 0.5
+            warned_at, text = logs[rank].read_text().split(" ", 1)
+            assert float(warned_at) - stopped_at <= 2.0
+            assert "rank 1" in text and "is frozen" in text and "given up after 2.5 s" in text
+    finally:
+        world.kill()
+
+
+def logs_warnings_until_told(group: Group) -> dict[str, Any]:
+    import logging
+
+    class Log(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            with open(os.environ["TPN_TEST_LOG"], "a") as file:
+                file.write(f"{time.monotonic()} {record.getMessage()}\n")
+
+    logging.getLogger("tp_native").addHandler(Log())
+    return loops_until_told(group, "all_reduce")
+
+
+def holds_the_gil(group: Group) -> bool:
+    """Busy in one C call for longer than the limit, without ever giving the interpreter away."""
+    if group.rank == 1:
+        end = time.monotonic() + 2.5
+        while time.monotonic() < end:
+            sum(range(3_000_000))
+    group.barrier()
+    return True
+
+
+def test_a_busy_rank_is_not_frozen() -> None:
+    world = World(2, frozen_timeout_s=1.0)
+    try:
+        assert world.run(holds_the_gil) == [True, True]
+    finally:
+        world.kill()
+
+
+def steps(group: Group, count: int, slow: int, work_s: float) -> tuple[list[float], str]:
+    import io
+    import logging
+
+    text = io.StringIO()
+    logging.getLogger("tp_native").addHandler(logging.StreamHandler(text))
+    t = torch.ones(64)
+    for _ in range(count):
+        end = time.monotonic() + work_s * (2 if group.rank == slow else 1)
+        while time.monotonic() < end:
+            pass
+        group.all_reduce_(t)
+    return group.stats()["late_share"], text.getvalue()
+
+
+def test_a_rank_half_as_fast_is_named_within_50_steps() -> None:
+    world = World(2)
+    try:
+        (share, text), (_, silent) = world.run(steps, 50, 1, 0.004)
+        assert share[1] > 0.3 > share[0]
+        assert text.count("is slow") == 1 and "rank 1 (pid" in text and silent == ""
+        (share, text), _ = world.run(steps, 50, -1, 0.004)
+        assert "rank 1" not in text.partition("\n")[2]
+    finally:
+        world.kill()

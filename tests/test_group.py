@@ -218,3 +218,36 @@ def user_aborts(group: Group) -> str:
 
 def test_abort_ends_every_rank_with_the_reason() -> None:
     tp.simulate(user_aborts, 2)
+
+
+def splits(group: Group) -> tuple[str, int, int, list[float]]:
+    own = torch.full((3,), 10.0**group.rank)
+    pair = group.split(group.rank % 2, key=-group.rank)  # reversed
+    assert pair is not None and pair.order is group.order
+    assert torch.equal(group.all_reduce_(own.clone())[0], sum(10.0 ** torch.arange(group.size)))
+    total = pair.all_reduce_(own.clone())[0].item()
+    order = pair.all_gather(own[:1]).tolist()
+    assert group.split(None) is None
+    with pytest.raises(ValueError, match="color -2"):
+        group.split(-2)
+    last = group.split(0)  # names are never used twice
+    assert last is not None and last.name != pair.name and last.size == group.size
+    last.barrier()
+    name, rank, size = pair.name, pair.rank, pair.size
+    pair.close()
+    group.barrier()
+    assert total == sum(order)
+    return name, rank, size, order
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("kind", ["processes", "threads"])
+def test_a_group_is_split_by_color_and_ordered_by_key(world_size: int, kind: str) -> None:
+    found = tp.simulate(splits, world_size) if kind == "threads" else run_ranks(splits, world_size)
+    for color in (0, 1):
+        members = [r for r in range(world_size) if r % 2 == color]
+        names = {found[r][0].split("@")[0] for r in members}
+        assert len(names) <= 1
+        for place, r in enumerate(reversed(members)):
+            assert found[r][1:3] == (place, len(members))
+            assert found[r][3] == [10.0**m for m in reversed(members)]

@@ -318,3 +318,68 @@ def state_round_trip(group: Group) -> dict[str, Tensor]:
 
 def test_state_dict_is_local_and_loading_slices_or_refuses() -> None:
     run_ranks(state_round_trip, 2)
+
+
+def adds_and_normalises(group: Group, dtype: torch.dtype) -> None:
+    # inline, one-shot, shared with fewer rows than ranks, shared with whole rows, empty
+    for rows, out_features, in_features in [
+        (1, 12, 7),
+        (1, 700, 9),
+        (1, 4096, 33),
+        (9, 1000, 20),
+        (0, 8, 8),
+    ]:
+        torch.manual_seed(rows)
+        dense = torch.nn.Linear(in_features, out_features, bias=rows != 9).to(dtype)
+        x = torch.randn(2, rows, in_features).to(dtype)
+        residual = torch.randn(2, rows, out_features).to(dtype)
+        scale = torch.randn(out_features).to(dtype)
+        layer = tp.RowParallelLinear.from_linear(dense, group=group)
+        local = x[..., layer.partition.slice(group.rank)]
+        with torch.no_grad():
+            normed, hidden = layer.forward_add_rms_norm(local, residual, scale, 1e-5)
+            assert torch.equal(hidden, residual + layer(local))  # the bits of the steps one by one
+        wide = hidden.double()
+        expected = wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * scale.double()
+        # two roundings of the dtype, and float32's in the mean
+        torch.testing.assert_close(
+            normed.double(),
+            expected,
+            rtol=3 * torch.finfo(dtype).eps,
+            atol=1e-6 if dtype != torch.float64 else 1e-12,
+        )
+        assert normed.is_contiguous() and hidden.is_contiguous()
+        normed.add_(1)
+        assert torch.equal(hidden, wide.to(dtype))  # they share nothing
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_residual_and_norm_join_the_reduction(world_size: int, dtype: torch.dtype) -> None:
+    run_ranks(adds_and_normalises, world_size, dtype)
+
+
+def differentiates_add_rms_norm(group: Group) -> None:
+    torch.manual_seed(5)
+    dense = torch.nn.Linear(9, 11).double()
+    x, residual, scale = (
+        torch.randn(n).double().requires_grad_() for n in [(4, 9), (4, 11), (11,)]
+    )
+    hidden = residual + dense(x)
+    normed = hidden * (hidden.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * scale
+    weights = torch.randn(2, 4, 11).double()
+    ((normed * weights[0]).sum() + (hidden * weights[1]).sum()).backward()
+    expected = [t.grad.clone() for t in (x, residual, scale, dense.weight)]
+    layer = tp.RowParallelLinear.from_linear(dense, group=group)
+    cut = layer.partition.slice(group.rank)
+    parts = [t.detach().clone().requires_grad_() for t in (x[:, cut], residual, scale)]
+    normed, hidden = layer.forward_add_rms_norm(*parts, 1e-6)
+    ((normed * weights[0]).sum() + (hidden * weights[1]).sum()).backward()
+    expected[0], expected[3] = expected[0][:, cut], expected[3][:, cut]
+    for found, wanted in zip([*parts, layer.weight], expected, strict=True):
+        torch.testing.assert_close(found.grad, wanted)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_residual_and_norm_have_the_dense_gradients(world_size: int) -> None:
+    run_ranks(differentiates_add_rms_norm, world_size)

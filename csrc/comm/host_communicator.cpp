@@ -181,7 +181,10 @@ HostCommunicator::Announced HostCommunicator::check_announced(int64_t shared_byt
                  concat("rank ", r, " announced a block outside its arena"));
     }
   }
-  if (const int slow = skew_.add(arrived, identity_.size); slow >= 0) [[unlikely]]
+  const int slow = skew_.add(arrived, identity_.size);
+  for (int r = 0; r < identity_.size; ++r)
+    late_share_[r].store(static_cast<float>(skew_.share(r)), std::memory_order_relaxed);
+  if (slow >= 0) [[unlikely]]
     warn_of_straggler(slow);
   return announced;
 }

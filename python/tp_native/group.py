@@ -114,7 +114,7 @@ class Group:
         """
         if self.size == 1:
             return t.detach().clone()
-        cut = partition if partition is not None else Partition.even(t.shape[dim], self.size)
+        cut = partition if partition is not None else Partition.even(t.size(dim), self.size)
         return _ops.reduce_scatter(t.detach(), self.order, cut.sizes, dim, op, self.name)
 
     def gather(
@@ -528,7 +528,7 @@ def all_gather_tensor(
     g = current_group(group)
     if g.size == 1:
         return t.clone()
-    sizes = partition.sizes if partition is not None else (t.shape[dim],) * g.size
+    sizes = partition.sizes if partition is not None else (t.size(dim),) * g.size
     return _ops.all_gather(t, g.order, sizes, dim, grad, g.name)
 
 
@@ -539,7 +539,7 @@ def reduce_scatter_sum(
     g = current_group(group)
     if g.size == 1:
         return t.clone()
-    cut = partition if partition is not None else Partition.even(t.shape[dim], g.size)
+    cut = partition if partition is not None else Partition.even(t.size(dim), g.size)
     return _ops.reduce_scatter(t, g.order, cut.sizes, dim, "sum", g.name)
 
 
