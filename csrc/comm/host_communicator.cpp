@@ -20,7 +20,7 @@ constexpr double kYieldSeconds = 1e-3;  // a peer between two operations is usua
 constexpr long kSliceNanoseconds =
     20'000'000;  // a lost wake-up or a signal costs one slice at most
 constexpr double kWarnSeconds = 30;
-constexpr double kPromptSeconds = 20e-6;  // who comes within this is not called slow
+constexpr double kPromptSeconds = 50e-6;  // who comes within this is not called slow
 
 void cpu_pause() {
 #if defined(__x86_64__) || defined(__i386__)

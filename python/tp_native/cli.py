@@ -365,7 +365,9 @@ def _doctor(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         "tp_native": f"{_C.__version__}, built against torch {_C.TORCH_VERSION}",
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "backends": ", ".join(b for b in ("shm", "local", "nccl") if _C.is_available(b)),
+        "backends": ", ".join(
+            b for b in ("shm", "local", "c10d", "nccl") if b == "c10d" or _C.is_available(b)
+        ),
         "reductions": _C.reduce_isa(),
         "cores": str(len(os.sched_getaffinity(0))),
         "memory": f"{memory / 2**30:.1f} GiB",

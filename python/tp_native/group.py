@@ -374,7 +374,10 @@ _override: contextvars.ContextVar[Group | None] = contextvars.ContextVar(
 atexit.register(_process.close)
 
 
-def current_group(group: Group | dist.ProcessGroup | DeviceMesh | None = None) -> Group:
+GroupLike = Group | dist.ProcessGroup | DeviceMesh
+
+
+def current_group(group: GroupLike | None = None) -> Group:
     """``group``, else the thread rank's (inside :func:`simulate`), else the process's, else a
     world of one.
 
@@ -486,13 +489,13 @@ def _make_group(
 # -- collectives with gradients
 
 
-def all_reduce_sum(t: Tensor, group: Group | None = None) -> Tensor:
+def all_reduce_sum(t: Tensor, group: GroupLike | None = None) -> Tensor:
     """The sum of ``t`` over the ranks. Backward: identity (cotangents are replicated)."""
     g = current_group(group)
     return _ops.all_reduce(t, g.order, "sum", g.name) if g.size > 1 else t.clone()
 
 
-def copy_to_ranks(t: Tensor, group: Group | None = None) -> Tensor:
+def copy_to_ranks(t: Tensor, group: GroupLike | None = None) -> Tensor:
     """``t``, replicated already; marks where ranks begin to compute different parts. Backward:
     all-reduce.
 
@@ -502,7 +505,7 @@ def copy_to_ranks(t: Tensor, group: Group | None = None) -> Tensor:
     return _ops.copy_to_ranks(t, g.order, g.name) if g.size > 1 else t.clone()
 
 
-def broadcast_tensor(t: Tensor, src_rank: int = 0, group: Group | None = None) -> Tensor:
+def broadcast_tensor(t: Tensor, src_rank: int = 0, group: GroupLike | None = None) -> Tensor:
     """Rank ``src_rank``'s ``t`` on all ranks. Backward: the sum of all ranks' gradients to it,
     zero elsewhere.
     """
@@ -514,7 +517,7 @@ def broadcast_tensor(t: Tensor, src_rank: int = 0, group: Group | None = None) -
 def all_gather_tensor(
     t: Tensor,
     dim: int = -1,
-    group: Group | None = None,
+    group: GroupLike | None = None,
     grad: str = "replicated",
     *,
     partition: Partition | None = None,
@@ -533,7 +536,7 @@ def all_gather_tensor(
 
 
 def reduce_scatter_sum(
-    t: Tensor, dim: int = 0, group: Group | None = None, *, partition: Partition | None = None
+    t: Tensor, dim: int = 0, group: GroupLike | None = None, *, partition: Partition | None = None
 ) -> Tensor:
     """Sum ``t`` over the ranks and keep this rank's part of ``dim``. Backward: all-gather."""
     g = current_group(group)
@@ -543,7 +546,9 @@ def reduce_scatter_sum(
     return _ops.reduce_scatter(t, g.order, cut.sizes, dim, "sum", g.name)
 
 
-def synchronize_across_ranks(group: Group | None = None, timeout_s: float | None = None) -> None:
+def synchronize_across_ranks(
+    group: GroupLike | None = None, timeout_s: float | None = None
+) -> None:
     """Return when all ranks have called it."""
     current_group(group).barrier(timeout_s)
 

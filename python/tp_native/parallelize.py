@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .agreement import agreed, check_same
 from .checkpoint.writer import parse_bytes, save_pretrained
 from .errors import PlanError
-from .group import Group, copy_to_ranks, current_group
+from .group import Group, GroupLike, copy_to_ranks, current_group
 from .nn import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -59,7 +59,7 @@ _HOOKS = (
 
 def parallelize(
     model: nn.Module,
-    group: Group | None = None,
+    group: GroupLike | None = None,
     *,
     plan: ShardPlan | None = None,
     verify: Sequence[Any] | Tensor | None = None,
@@ -130,7 +130,7 @@ class DistributedModelWrapper(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        group: Group | None = None,
+        group: GroupLike | None = None,
         *,
         world_size: int | None = None,
         rank: int | None = None,

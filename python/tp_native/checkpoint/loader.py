@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..agreement import agreed
 from ..errors import CheckpointError
-from ..group import Group, current_group
+from ..group import GroupLike, current_group
 from ..parallelize import parallelize
 from ..plan import Shard, ShardPlan
 from ..state import state_of, unwrap
@@ -41,7 +41,7 @@ class _Job:
 
 def load_pretrained(
     path: str | os.PathLike[str],
-    group: Group | None = None,
+    group: GroupLike | None = None,
     *,
     dtype: torch.dtype | str | None = None,
     plan: ShardPlan | None = None,
@@ -89,7 +89,7 @@ def load_pretrained(
 class DistributedCheckpointLoader:
     """Loads a Hugging Face folder into a model that exists already, parallelized or dense."""
 
-    def __init__(self, path: str | os.PathLike[str], group: Group | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], group: GroupLike | None = None) -> None:
         self.path = Path(path)
         self.group = current_group(group)
 

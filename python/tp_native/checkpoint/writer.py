@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..agreement import agree, agreed
 from ..errors import CheckpointError
-from ..group import Group, current_group
+from ..group import GroupLike, current_group
 from ..state import full_tensor, state_of, unwrap
 from .reader import DTYPES
 
@@ -57,7 +57,7 @@ def save_pretrained(
     path: str | os.PathLike[str],
     *,
     max_shard_bytes: int = 5_000_000_000,
-    group: Group | None = None,
+    group: GroupLike | None = None,
 ) -> None:
     """Write ``model`` as a Hugging Face folder that transformers loads bit for bit. Collective.
 
@@ -94,7 +94,7 @@ def save_pretrained(
 class CheckpointSaver:
     """Saves a model to one folder, again and again, each time atomically."""
 
-    def __init__(self, path: str | os.PathLike[str], group: Group | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], group: GroupLike | None = None) -> None:
         self.path = Path(path)
         self.group = group
 

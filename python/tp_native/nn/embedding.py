@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from .. import _ops
-from ..group import Group
+from ..group import GroupLike
 from ..partition import Partition
 from .sharded import ShardedModule
 
@@ -32,7 +32,7 @@ class VocabParallelEmbedding(ShardedModule):
         embedding_dim: int,
         padding_idx: int | None = None,
         *,
-        group: Group | None = None,
+        group: GroupLike | None = None,
         partition: Partition | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -67,7 +67,7 @@ class VocabParallelEmbedding(ShardedModule):
         cls,
         embedding: nn.Embedding,
         *,
-        group: Group | None = None,
+        group: GroupLike | None = None,
         partition: Partition | None = None,
     ) -> Self:
         """This rank's rows of a dense table."""

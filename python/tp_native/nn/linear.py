@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from .. import _ops
-from ..group import Group, all_gather_tensor, copy_to_ranks
+from ..group import GroupLike, all_gather_tensor, copy_to_ranks
 from ..partition import Partition
 from .sharded import ShardedModule
 
@@ -97,7 +97,7 @@ class ColumnParallelLinear(_ParallelLinear):
         out_features: int,
         bias: bool = True,
         *,
-        group: Group | None = None,
+        group: GroupLike | None = None,
         gather_output: bool = False,
         skip_bias_add: bool = False,
         sequence_parallel: bool = False,
@@ -135,7 +135,7 @@ class ColumnParallelLinear(_ParallelLinear):
         cls,
         linear: nn.Linear,
         *,
-        group: Group | None = None,
+        group: GroupLike | None = None,
         gather_output: bool = False,
         activation: str | None = None,
         partition: Partition | None = None,
@@ -200,7 +200,7 @@ class RowParallelLinear(_ParallelLinear):
         out_features: int,
         bias: bool = True,
         *,
-        group: Group | None = None,
+        group: GroupLike | None = None,
         input_is_parallel: bool = True,
         reduce_results: bool = True,
         skip_bias_add: bool = False,
@@ -232,7 +232,7 @@ class RowParallelLinear(_ParallelLinear):
         cls,
         linear: nn.Linear,
         *,
-        group: Group | None = None,
+        group: GroupLike | None = None,
         input_is_parallel: bool = True,
         partition: Partition | None = None,
     ) -> Self:

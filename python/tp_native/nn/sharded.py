@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ..group import Group, all_gather_tensor, current_group
+from ..group import GroupLike, all_gather_tensor, current_group
 from ..partition import Partition
 
 
@@ -24,7 +24,7 @@ class ShardedModule(nn.Module):
 
     shard_dims: dict[str, int]
 
-    def __init__(self, group: Group | None, size: int, partition: Partition | None) -> None:
+    def __init__(self, group: GroupLike | None, size: int, partition: Partition | None) -> None:
         super().__init__()
         self.group = current_group(group)
         self.partition = partition or Partition.even(size, self.group.size)
