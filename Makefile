@@ -51,7 +51,7 @@ coverage:
 	gcovr --merge-lines --root . --filter csrc/ build/gcov && \
 	exec "$$PY" -m pytest --cov --cov-report=term $(ARGS)
 
-soak:
+soak: ctest
 	@$(SETUP) && exec "$$PY" -m pytest -m soak --timeout 7200 $(ARGS)
 
 lint:

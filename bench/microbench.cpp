@@ -92,11 +92,23 @@ Options parse(int argc, char** argv) {
   return options;
 }
 
-Rows run_rank(World& world, comm::Communicator& communicator, const Options& options) {
+/// `unchecked`: the same ranks without fingerprints, flight record and arrivals.
+Rows run_rank(World& world, comm::Communicator& communicator, comm::Communicator& unchecked,
+              const Options& options) {
   const Plan plan = options.is_quick ? Plan{9, 5e-4} : Plan{};
   Rows rows;
-  std::vector<Candidate> latencies{{"barrier", batch_of([&] { communicator.barrier(0, {}); }), {}},
-                                   {"flag_round_trip", batch_of(FlagRoundTrip(world)), {}}};
+  std::vector<Candidate> latencies{
+      {"barrier", batch_of([&] { communicator.barrier(0, {}); }), {}},
+      {"flag_round_trip", batch_of(FlagRoundTrip(world)), {}},
+      {"unchecked/barrier", batch_of([&] { unchecked.barrier(0, {}); }), {}}};
+  std::vector<float> small(64, 0.0f);
+  const auto reduce = [&small](comm::Communicator& c) {
+    const int64_t shape[] = {64};
+    c.all_reduce({.op = comm::OpCode::kAllReduce, .dtype = DType::kFloat32, .shape = shape},
+                 small.data(), small.data(), 64, {}, {});
+  };
+  latencies.push_back({"checked/all_reduce", batch_of([&] { reduce(communicator); }), {}});
+  latencies.push_back({"unchecked/all_reduce", batch_of([&] { reduce(unchecked); }), {}});
   add_rows(0, latencies, measure(world, latencies, plan), rows);
   for (const int64_t bytes : options.sizes) {
     Cases cases(world, communicator, bytes);
@@ -140,10 +152,15 @@ int run_child(World& world, int rank, const std::string& address, const Options&
     world.rank = rank;
     const comm::Identity identity{rank, world.size, "microbench", "shm", 0, 60};
     const auto communicator = comm::make_shm(identity, {address, 30});
+    comm::Identity other = identity;
+    other.name = "unchecked";
+    const auto unchecked = comm::make_shm(
+        other, {.address = address + "-unchecked", .init_timeout_s = 30, .is_checked = false});
     pin_rank(world);
-    const Rows rows = run_rank(world, *communicator, options);
+    const Rows rows = run_rank(world, *communicator, *unchecked, options);
     if (rank == 0) write_results(rows, options);
     communicator->barrier(0, {});
+    unchecked->close();
     communicator->close();
     return 0;
   } catch (const std::exception& error) {

@@ -97,6 +97,17 @@ inline void write_timing(std::ostream& out, const char* prefix, const Timing& t)
       << "median_us\": " << t.median_s * 1e6;
 }
 
+/// What fingerprints, deadline, flight record and arrivals cost an operation: the median of the
+/// rounds' own differences.
+inline double checks_ns(const Rows& rows, const char* with, const char* without) {
+  const std::vector<double>& checked = find(rows, 0, with)->net.rounds_s;
+  const std::vector<double>& unchecked = find(rows, 0, without)->net.rounds_s;
+  std::vector<double> differences;
+  for (size_t r = 0; r < checked.size(); ++r)
+    differences.push_back((checked[r] - unchecked[r]) * 1e9);
+  return median_of(std::move(differences));
+}
+
 /// bus bandwidth as nccl-tests defines it.
 inline void write_bandwidth(std::ostream& out, const Row& row, int ranks) {
   const bool is_gather = row.name.starts_with("all_gather");
@@ -155,7 +166,10 @@ inline void write_json(std::ostream& out, const Rows& rows, const Options& optio
   const Row* const barrier = find(rows, 0, "barrier");
   const Row* const round_trip = find(rows, 0, "flag_round_trip");
   out << "\n  ],\n  \"barrier_over_one_way_flag\": "
-      << 2 * barrier->net.best_s / round_trip->net.best_s << "\n}\n";
+      << 2 * barrier->net.best_s / round_trip->net.best_s
+      << ",\n  \"checks_ns_per_barrier\": " << checks_ns(rows, "barrier", "unchecked/barrier")
+      << ",\n  \"checks_ns_per_all_reduce_256_bytes\": "
+      << checks_ns(rows, "checked/all_reduce", "unchecked/all_reduce") << "\n}\n";
 }
 
 inline std::string size_text(int64_t bytes) {
@@ -199,10 +213,14 @@ inline void print_table(const Rows& rows, const Options& options) {
   const Row* const round_trip = find(rows, 0, "flag_round_trip");
   std::printf(
       "tp_native %s, %d ranks on %ld cores, %s, reduce %s, float32, all results verified\n"
-      "barrier %.2f us (median %.2f), flag round trip %.2f us: barrier = %.1f x one way\n\n",
+      "barrier %.2f us (median %.2f), flag round trip %.2f us: barrier = %.1f x one way\n"
+      "fingerprint, flight record and arrivals: %.0f ns a barrier, %.0f ns an all-reduce of 256 "
+      "B\n\n",
       TPN_VERSION, options.ranks, ::sysconf(_SC_NPROCESSORS_ONLN), cpu_model().c_str(),
       kernels::reduce_isa(), barrier->net.best_s * 1e6, barrier->net.median_s * 1e6,
-      round_trip->net.best_s * 1e6, 2 * barrier->net.best_s / round_trip->net.best_s);
+      round_trip->net.best_s * 1e6, 2 * barrier->net.best_s / round_trip->net.best_s,
+      checks_ns(rows, "barrier", "unchecked/barrier"),
+      checks_ns(rows, "checked/all_reduce", "unchecked/all_reduce"));
   std::printf("%8s | %47s | %40s | %25s\n", "", "us net of copies, best (median)",
               "limits, GB/s of payload", "all_reduce, of limit");
   std::printf("%8s | %8s %10s %8s %8s %9s | %8s %9s %10s %10s | %12s %12s\n", "bytes", "private",

@@ -22,7 +22,7 @@ import pytest
 
 import tiny
 import tp_native as tp
-from tp_native import group as group_module
+from tp_native.config import job_address
 
 EXIT_S = 2.0  # from the action to the end of what we do at exit: the group is closed
 FINAL_S = 6.0  # to the process's end, on a busy machine: torch's own teardown is 0.3 s of work
@@ -775,4 +775,4 @@ def test_abnormal_exits_leave_nothing(
         monkeypatch.setenv(name, value)
     for run_id in run_ids:
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
-        assert f"@{group_module._job_address(config, 0)}" not in now["sockets"]
+        assert f"@{job_address(config)}" not in now["sockets"]

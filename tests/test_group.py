@@ -220,6 +220,20 @@ def test_abort_ends_every_rank_with_the_reason() -> None:
     tp.simulate(user_aborts, 2)
 
 
+def asks_while_a_peer_leaves(group: Group) -> None:
+    group.barrier()
+    if group.rank == 1:
+        return group.close()
+    end = time.monotonic() + 10
+    with pytest.raises(tp.PeerLostError, match="rank 1 .* left the group"):
+        while time.monotonic() < end:
+            group.check()
+
+
+def test_check_tells_of_a_rank_that_has_left() -> None:
+    assert run_ranks(asks_while_a_peer_leaves, 3) == [None] * 3
+
+
 def splits(group: Group) -> tuple[str, int, int, list[float]]:
     own = torch.full((3,), 10.0**group.rank)
     pair = group.split(group.rank % 2, key=-group.rank)  # reversed

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import signal
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,3 +130,18 @@ def test_16_processes_run_every_collective() -> None:
         assert world.stop(60) == [0] * 16
     finally:
         world.kill()
+
+
+def test_2000_faults_in_ranks_without_torch() -> None:
+    """Deaths, stops and delays at the protocol's fault points and at random moments, three worlds
+    at a time; tests/csrc/test_fault_soak.cpp says what every survivor has to report.
+    """
+    program = Path(__file__).parents[1] / "build" / "csrc" / "test_fault_soak"
+    assert program.exists(), f"{program} is missing: run make ctest"
+    runs = [
+        subprocess.Popen([program, "667", str(seed)], stdout=subprocess.PIPE, text=True)
+        for seed in (1, 2, 3)
+    ]
+    told = [run.communicate(timeout=3000)[0] for run in runs]
+    print("\n".join(told))
+    assert [run.returncode for run in runs] == [0, 0, 0], told

@@ -136,7 +136,7 @@ class Communicator {
 
   virtual void abort(
       const std::string& reason) = 0;  ///< every rank's pending and later calls raise
-  virtual void check() {}              ///< throws if the group has failed; asks nobody
+  virtual void check() {}              ///< throws if no collective can follow; asks nobody
   virtual void close() = 0;            ///< leaves; idempotent; blocks stay valid
   virtual Stats stats() const = 0;
   virtual std::vector<LogEntry> op_log() const = 0;  ///< the last operations, oldest first

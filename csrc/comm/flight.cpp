@@ -22,24 +22,24 @@ uint64_t pack(const Signature& s) {
          byte(s.dim) << 32 | byte(dims) << 40;
 }
 
+/// Whoever reads a word of the next operation here (acquire) reads a `seq` that differs after it.
 FlightCopy copy(const FlightEntry& entry) {
-  constexpr auto kRelaxed = std::memory_order_relaxed;
+  constexpr auto kAcquire = std::memory_order_acquire;
   FlightCopy out;
-  out.seq = entry.seq.load(std::memory_order_acquire);
-  const uint64_t code = entry.code.load(kRelaxed);
-  out.signature = entry.signature.load(kRelaxed);
-  out.bytes = entry.bytes.load(kRelaxed);
-  out.start = entry.start.load(kRelaxed);
-  out.end = entry.end.load(kRelaxed);
+  out.seq = entry.seq.load(kAcquire);
+  const uint64_t code = entry.code.load(kAcquire);
+  out.signature = entry.signature.load(kAcquire);
+  out.bytes = entry.bytes.load(kAcquire);
+  out.start = entry.start.load(kAcquire);
+  out.end = entry.end.load(kAcquire);
   out.op = static_cast<OpCode>(code & 0xff);
   out.dtype = static_cast<DType>(code >> 8 & 0xff);
   out.reduce = static_cast<ReduceOp>(code >> 16 & 0xff);
   out.root = static_cast<int8_t>(code >> 24 & 0xff);
   out.dim = static_cast<int8_t>(code >> 32 & 0xff);
   const size_t dims = std::min<size_t>(code >> 40 & 0xff, kMaxDims);
-  for (size_t i = 0; i < dims; ++i) out.shape.push_back(entry.shape[i].load(kRelaxed));
-  std::atomic_thread_fence(std::memory_order_acquire);
-  if (entry.seq.load(kRelaxed) != out.seq) out.seq = 0;  // its owner was faster
+  for (size_t i = 0; i < dims; ++i) out.shape.push_back(entry.shape[i].load(kAcquire));
+  if (entry.seq.load(std::memory_order_relaxed) != out.seq) out.seq = 0;  // its owner was faster
   return out;
 }
 
@@ -121,16 +121,17 @@ std::string to_json(const Identity& identity, std::span<RankHeader* const> heade
 
 void begin_flight(RankHeader& header, uint64_t seq, const Signature& s, uint64_t hash,
                   int64_t bytes, uint64_t start) {
-  constexpr auto kRelaxed = std::memory_order_relaxed;
+  constexpr auto kRelease = std::memory_order_release;
   FlightEntry& entry = header.flight[seq % kFlightEntries];
-  entry.signature.store(hash, kRelaxed);
-  entry.code.store(pack(s), kRelaxed);
-  entry.bytes.store(static_cast<uint64_t>(bytes), kRelaxed);
-  entry.start.store(start, kRelaxed);
-  entry.end.store(0, kRelaxed);
+  entry.seq.store(0, std::memory_order_relaxed);
+  entry.signature.store(hash, kRelease);
+  entry.code.store(pack(s), kRelease);
+  entry.bytes.store(static_cast<uint64_t>(bytes), kRelease);
+  entry.start.store(start, kRelease);
+  entry.end.store(0, kRelease);
   const size_t dims = std::min<size_t>(s.shape.size(), kMaxDims);
-  for (size_t i = 0; i < dims; ++i) entry.shape[i].store(s.shape[i], kRelaxed);
-  entry.seq.store(seq, std::memory_order_release);
+  for (size_t i = 0; i < dims; ++i) entry.shape[i].store(s.shape[i], kRelease);
+  entry.seq.store(seq, kRelease);
 }
 
 FlightCopy copy_flight(const RankHeader& header, uint64_t seq) {

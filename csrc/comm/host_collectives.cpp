@@ -111,11 +111,11 @@ void HostCommunicator::collective(const Signature& signature, int64_t bytes, dou
     HostCommunicator& self;
     ~Current() {
       self.current_ = nullptr;
-      self.busy_thread_.store(nullptr, std::memory_order_relaxed);
+      self.busy_thread_.store({}, std::memory_order_relaxed);
     }
   } const current{*this};
   current_ = &signature;
-  busy_thread_.store(thread_mark(), std::memory_order_relaxed);
+  busy_thread_.store(::pthread_self(), std::memory_order_relaxed);
   timeout_s_ = timeout_s > 0 ? timeout_s : identity_.timeout_s;
   wait_started_s_ = 0;
   is_inline_ = false;
@@ -124,12 +124,10 @@ void HostCommunicator::collective(const Signature& signature, int64_t bytes, dou
   TPN_FAULT("collective.enter");
   bump(collectives_, 1);
   bump(bytes_, static_cast<uint64_t>(bytes));
-  RankHeader& header = *peers_[identity_.rank].header();
-  signature_hash_ = hash_signature(signature);
-  begin_flight(header, seq_, signature, signature_hash_, bytes, stamp());
+  bytes_now_ = bytes;
   try {
     body();
-    end_flight(header, seq_);
+    if (is_checked_) end_flight(*peers_[identity_.rank].header(), seq_);
   } catch (...) {
     if (!failure_) {  // a signal handler of this process raised while it waited
       publish_abort(FailureKind::kInterrupted, identity_.rank,

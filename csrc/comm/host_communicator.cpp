@@ -69,8 +69,9 @@ void check_header(const Peer& peer, int rank, const Identity& identity, uint64_t
 }
 
 HostCommunicator::HostCommunicator(Identity identity, std::shared_ptr<Arena> arena,
-                                   std::vector<Peer> peers)
+                                   std::vector<Peer> peers, bool is_checked)
     : Communicator(std::move(identity)),
+      is_checked_(is_checked),
       arena_(std::move(arena)),
       peers_(std::move(peers)),
       group_hash_(mix(hash_text(identity_.name), identity_.generation)),
@@ -132,6 +133,10 @@ std::vector<RankHeader*> HostCommunicator::headers() const {
   return all;
 }
 
+std::string HostCommunicator::left_text(int rank) const {
+  return concat(describe_rank(rank), " left the group");
+}
+
 void HostCommunicator::beat() noexcept {
   std::atomic<uint64_t>& pulse = peers_[identity_.rank].header()->pulse;
   pulse.store(pulse.load(std::memory_order_relaxed) + 1, std::memory_order_relaxed);
@@ -151,23 +156,31 @@ bool HostCommunicator::has_left(int rank) const {
 void HostCommunicator::announce(uint64_t block) {  // proof: meet.announce
   TPN_FAULT("announce");
   Line& mine = line(identity_.rank);
-  mine.fingerprint = mix(mix(signature_hash_, group_hash_), seq_);
+  const uint64_t now = is_checked_ ? stamp() : 0;
+  if (is_checked_) {
+    signature_hash_ = hash_signature(*current_);
+    mine.fingerprint = mix(mix(signature_hash_, group_hash_), seq_);
+  }
   mine.block = block;
-  mine.stamp = stamp();
+  mine.stamp = now;
   post();
+  if (is_checked_) {  // while the line travels
+    begin_flight(*peers_[identity_.rank].header(), seq_, *current_, signature_hash_, bytes_now_,
+                 now);
+    note_arrivals();
+  }
   TPN_FAULT("announced");
 }
 
 HostCommunicator::Announced HostCommunicator::check_announced(int64_t shared_bytes) {
   TPN_FAULT("check");
   Announced announced;
-  uint64_t arrived[kMaxRanks] = {};
   const uint64_t expected = line(identity_.rank).fingerprint;
   for (int r = 0; r < identity_.size; ++r) {  // proof: meet.check
     const Line& theirs = line(r);
     if (theirs.fingerprint != expected) [[unlikely]]
       raise_mismatch();
-    arrived[r] = theirs.stamp;
+    arrived_[r] = theirs.stamp;
     const uint64_t block = announced.block[r] = theirs.block;
     if (block == kNoBlock) {
       announced.all_shared = false;
@@ -181,12 +194,17 @@ HostCommunicator::Announced HostCommunicator::check_announced(int64_t shared_byt
                  concat("rank ", r, " announced a block outside its arena"));
     }
   }
-  const int slow = skew_.add(arrived, identity_.size);
+  return announced;
+}
+
+/// Of the last collective.
+void HostCommunicator::note_arrivals() {
+  if (arrived_[0] == 0) return;
+  const int slow = skew_.add(arrived_, identity_.size);
   for (int r = 0; r < identity_.size; ++r)
     late_share_[r].store(static_cast<float>(skew_.share(r)), std::memory_order_relaxed);
   if (slow >= 0) [[unlikely]]
     warn_of_straggler(slow);
-  return announced;
 }
 
 void HostCommunicator::warn_of_straggler(int rank) const {
@@ -252,7 +270,7 @@ void HostCommunicator::await_slow(int rank, uint64_t tick) {
                         " closed the group while one of its threads was in a collective"));
     }
     if (has_left(rank) && !arrived()) {  // proof: leave.observe
-      fail_group(FailureKind::kPeerLost, rank, concat(describe_rank(rank), " left the group"));
+      fail_group(FailureKind::kPeerLost, rank, left_text(rank));
     }
     waited_s = now_s() - start;
     if (waited_s >= next_signals_s) {
@@ -361,6 +379,9 @@ void HostCommunicator::check() {
   if (is_reentered()) return;
   std::lock_guard lock(mutex_);
   check_usable();
+  for (int r = 0; r < identity_.size; ++r) {
+    if (has_left(r)) fail_group(FailureKind::kPeerLost, r, left_text(r));
+  }
 }
 
 void HostCommunicator::fail_group(FailureKind kind, int culprit, const std::string& text) {
@@ -399,8 +420,11 @@ void HostCommunicator::raise_mismatch() {
   const auto size = static_cast<size_t>(identity_.size);
   FlightCopy entries[kMaxRanks];
   Announcement ranks[kMaxRanks];
+  const double start = now_s();
   for (int r = 0; r < identity_.size; ++r) {
-    entries[r] = copy_flight(*peers_[r].header(), seq_);
+    do {  // a rank notes its operation right after it has announced it
+      entries[r] = copy_flight(*peers_[r].header(), seq_);
+    } while (entries[r].seq == 0 && now_s() - start < 0.05 && ::sched_yield() == 0);
     ranks[r] = announcement_of(entries[r], line(r).fingerprint);
   }
   const Mismatch found = find_mismatch(std::span(ranks, size));

@@ -3,6 +3,8 @@
 // they are and how their memory was mapped is the business of shm.cpp and local.cpp.
 #pragma once
 
+#include <pthread.h>
+
 #include <atomic>
 #include <memory>
 #include <mutex>
@@ -40,7 +42,8 @@ void check_header(const Peer& peer, int rank, const Identity& identity, uint64_t
 class HostCommunicator final : public Communicator {
  public:
   /// `peers[r]` is rank r's mapping, this rank's own included.
-  HostCommunicator(Identity identity, std::shared_ptr<Arena> arena, std::vector<Peer> peers);
+  HostCommunicator(Identity identity, std::shared_ptr<Arena> arena, std::vector<Peer> peers,
+                   bool is_checked = true);
   ~HostCommunicator() override;
 
   Block allocate(int64_t bytes) override;
@@ -126,20 +129,19 @@ class HostCommunicator final : public Communicator {
   };
   Verdict read_verdict() const;
   std::string describe_rank(int rank) const;
+  std::string left_text(int rank) const;
   std::string describe_current() const;
+  void note_arrivals();
   void warn_of_straggler(int rank) const;
   std::string late_table() const;
   void wake(int rank) const;
   /// This thread is in a collective already: a signal handler runs inside its wait.
   bool is_reentered() const {
-    return busy_thread_.load(std::memory_order_relaxed) == thread_mark();
-  }
-  static const void* thread_mark() {
-    static thread_local const char kMark = 0;
-    return &kMark;
+    return busy_thread_.load(std::memory_order_relaxed) == ::pthread_self();
   }
   bool is_forked_child() const { return arena_->mapping()->owner().is_elsewhere(); }
 
+  const bool is_checked_;  ///< false only where the cost of the checks is measured
   std::shared_ptr<Arena> arena_;
   std::vector<Peer> peers_;
   std::unique_ptr<Companion> companion_;
@@ -150,9 +152,11 @@ class HostCommunicator final : public Communicator {
   std::mutex abort_mutex_;    ///< guards this rank's abort record until a verdict is passed
   mutable std::mutex mutex_;  ///< one collective of this rank at a time; guards what follows
   const Signature* current_ = nullptr;
-  std::atomic<const void*> busy_thread_{nullptr};  ///< who holds the mutex for a collective
+  std::atomic<pthread_t> busy_thread_{};  ///< who holds the mutex for a collective
   uint64_t signature_hash_ = 0;
-  bool is_inline_ = false;  ///< the current payload rides in the announcing line
+  int64_t bytes_now_ = 0;             ///< of the current operation, this rank's
+  uint64_t arrived_[kMaxRanks] = {};  ///< stamps of the last collective
+  bool is_inline_ = false;            ///< the current payload rides in the announcing line
   double timeout_s_ = 0;
   double wait_started_s_ = 0;
   uint64_t seq_ = 0;

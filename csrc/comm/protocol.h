@@ -43,9 +43,9 @@ struct alignas(128) Line {
 static_assert(sizeof(Line) == 128);
 
 /// One operation of one rank, for error messages and the flight record. Other ranks may read while
-/// the owner writes: relaxed words, `seq` last (release).
+/// the owner writes: `seq` is 0 meanwhile, and set last.
 struct FlightEntry {
-  std::atomic<uint64_t> seq;        ///< 0: never used
+  std::atomic<uint64_t> seq;        ///< 0: never used, or being written
   std::atomic<uint64_t> signature;  ///< hash of what all ranks must agree on
   std::atomic<uint64_t> code;       ///< operation, dtype, reduction, root, dim, dims: a byte each
   std::atomic<uint64_t> bytes;      ///< payload of this rank

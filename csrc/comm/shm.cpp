@@ -42,7 +42,8 @@ std::shared_ptr<Communicator> make_shm(Identity identity, const ShmOptions& opti
     check_header(peers.back(), r, identity, group);
     roster.members[r].arena = Fd();  // the mapping is enough
   }
-  auto communicator = std::make_shared<HostCommunicator>(identity, arena, std::move(peers));
+  auto communicator =
+      std::make_shared<HostCommunicator>(identity, arena, std::move(peers), options.is_checked);
   communicator->keep(std::make_unique<PeerWatch>(*communicator, std::move(roster),
                                                  options.frozen_timeout_s, options.launcher_pid));
   communicator->barrier(options.init_timeout_s, {});  // every rank has mapped everybody's memory

@@ -3,7 +3,7 @@
 // then one all-reduce.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
-#include <ATen/ops/mm.h>
+#include <ATen/ops/mm_cpu_dispatch.h>
 #include <torch/library.h>
 
 #include <cstring>
@@ -62,14 +62,21 @@ Partial check_row_parallel(const char* op, const Tensor& x, const Tensor& weight
   return {std::move(shape), rows, weight.size(0)};
 }
 
+/// out = x weight^T; no view where there are two dimensions already.
+void multiply(const Tensor& x, const Tensor& weight, const Tensor& out, const Partial& p) {
+  const bool is_flat = x.dim() == 2;
+  Tensor flat_out = is_flat ? out : out.view({p.rows, p.columns});
+  at::cpu::mm_out(flat_out, is_flat ? x : x.reshape({p.rows, weight.size(1)}), weight.t());
+}
+
 Tensor row_parallel_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                            const Tensor&, Sizes symbolic, std::string_view group) {
   const auto communicator = comm::find_communicator(group);
   const at::IntArrayRef sizes = C10_AS_INTARRAYREF_SLOW(symbolic);
   const Partial p =
       check_row_parallel("row_parallel_linear", x, weight, bias, sizes, communicator->identity());
-  Tensor out = empty_shared(*communicator, {p.rows, p.columns}, x.options());
-  at::mm_out(out, x.reshape({p.rows, weight.size(1)}), weight.t());
+  const Tensor out = empty_shared(*communicator, p.shape, x.options());
+  multiply(x, weight, out, p);
   const Tensor whole_bias = bias ? bias->contiguous() : Tensor();
   const Signature signature{.op = OpCode::kRowParallelLinear,
                             .dtype = dtype_of(x),
@@ -78,7 +85,7 @@ Tensor row_parallel_linear(const Tensor& x, const Tensor& weight, const Optional
   communicator->all_reduce(
       signature, out.const_data_ptr(), out.mutable_data_ptr(), out.numel(),
       {.bias = bias ? whole_bias.const_data_ptr() : nullptr, .columns = p.columns}, {});
-  return out.view(p.shape);
+  return out;
 }
 
 std::tuple<Tensor, Tensor> row_parallel_linear_add_rms_norm(
@@ -97,8 +104,8 @@ std::tuple<Tensor, Tensor> row_parallel_linear_add_rms_norm(
       residual.scalar_type() == x.scalar_type() && norm_weight.scalar_type() == x.scalar_type(),
       kOp, ": input, residual and norm_weight are ", x.scalar_type(), ", ", residual.scalar_type(),
       " and ", norm_weight.scalar_type(), ": expected one dtype");
-  auto [normed, hidden] = empty_shared_pair(*communicator, {p.rows, p.columns}, x.options());
-  at::mm_out(normed, x.reshape({p.rows, weight.size(1)}), weight.t());
+  const auto [normed, hidden] = empty_shared_pair(*communicator, p.shape, x.options());
+  multiply(x, weight, normed, p);
   const Tensor whole_bias = bias ? bias->contiguous() : Tensor();
   const Tensor whole_residual = residual.contiguous();
   const Tensor scale = norm_weight.contiguous();
@@ -115,7 +122,7 @@ std::tuple<Tensor, Tensor> row_parallel_linear_add_rms_norm(
                             .eps = eps,
                             .hidden = hidden.mutable_data_ptr()},
                            {});
-  return {normed.view(p.shape), hidden.view(p.shape)};
+  return {normed, hidden};
 }
 
 Tensor column_parallel_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,

@@ -7,7 +7,6 @@ the group's name.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -16,30 +15,49 @@ from . import _native  # noqa: F401  registers the ops
 
 _ops = torch.ops.tp_native
 
+# looked up once: two attributes of torch.ops are a tenth of a small op's time
+_all_reduce_ = _ops.all_reduce_.default
+_broadcast_ = _ops.broadcast_.default
+_all_reduce = _ops.all_reduce.default
+_copy_to_ranks = _ops.copy_to_ranks.default
+_broadcast = _ops.broadcast.default
+_all_gather = _ops.all_gather.default
+_reduce_scatter = _ops.reduce_scatter.default
+_gather_into = _ops.gather_into.default
+_scatter_into = _ops.scatter_into.default
+_row_parallel_linear = _ops.row_parallel_linear.default
+_row_parallel_linear_add_rms_norm = _ops.row_parallel_linear_add_rms_norm.default
+_column_parallel_linear = _ops.column_parallel_linear.default
+_vocab_parallel_embedding = _ops.vocab_parallel_embedding.default
+_empty_shared = _ops.empty_shared.default
+
 
 def all_reduce_(t: Tensor, order: Tensor, op: str, group: str) -> None:
     """Reduce ``t`` over the group in place; no gradient."""
-    _ops.all_reduce_.default(t, order, op, group)
+    _all_reduce_(t, order, op, group)
 
 
 def broadcast_(t: Tensor, order: Tensor, src: int, group: str) -> None:
     """Overwrite ``t`` with rank ``src``'s; no gradient."""
-    _ops.broadcast_.default(t, order, src, group)
+    _broadcast_(t, order, src, group)
 
 
 def all_reduce(t: Tensor, order: Tensor, op: str, group: str) -> Tensor:
     """Reduce over the group; backward: identity (sum), 1/size (avg), refused (max, min)."""
-    return cast(Tensor, _ops.all_reduce.default(t, order, op, group))
+    out: Tensor = _all_reduce(t, order, op, group)
+    return out
 
 
 def copy_to_ranks(t: Tensor, order: Tensor, group: str) -> Tensor:
     """Identity; backward: all-reduce."""
-    return cast(Tensor, _ops.copy_to_ranks.default(t, order, group))
+    out: Tensor = _copy_to_ranks(t, order, group)
+    return out
 
 
 def broadcast(t: Tensor, order: Tensor, src: int, group: str) -> Tensor:
     """Rank ``src``'s tensor; backward: the sum to ``src``, zero elsewhere."""
-    return cast(Tensor, _ops.broadcast.default(t, order, src, group))
+    out: Tensor = _broadcast(t, order, src, group)
+    return out
 
 
 def all_gather(
@@ -48,35 +66,38 @@ def all_gather(
     """Concatenate along ``dim``; backward: this rank's slice ("replicated"), reduce-scatter
     ("partial").
     """
-    return cast(Tensor, _ops.all_gather.default(t, order, sizes, dim, grad, group))
+    out: Tensor = _all_gather(t, order, sizes, dim, grad, group)
+    return out
 
 
 def reduce_scatter(
     t: Tensor, order: Tensor, sizes: Sequence[int], dim: int, op: str, group: str
 ) -> Tensor:
     """Reduce and keep this rank's part of ``dim``; backward: all-gather."""
-    return cast(Tensor, _ops.reduce_scatter.default(t, order, sizes, dim, op, group))
+    out: Tensor = _reduce_scatter(t, order, sizes, dim, op, group)
+    return out
 
 
 def gather_into(
     t: Tensor, order: Tensor, out: Tensor, sizes: Sequence[int], dst: int, group: str
 ) -> None:
     """Concatenate along dimension 0 into rank ``dst``'s ``out``; no gradient."""
-    _ops.gather_into.default(t, order, out, sizes, dst, group)
+    _gather_into(t, order, out, sizes, dst, group)
 
 
 def scatter_into(
     t: Tensor, order: Tensor, out: Tensor, sizes: Sequence[int], src: int, group: str
 ) -> None:
     """Fill ``out`` with this rank's part of dimension 0 of rank ``src``'s ``t``; no gradient."""
-    _ops.scatter_into.default(t, order, out, sizes, src, group)
+    _scatter_into(t, order, out, sizes, src, group)
 
 
 def row_parallel_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor, sizes: Sequence[int], group: str
 ) -> Tensor:
     """``x @ weight.T`` summed over ranks, plus ``bias`` once: GEMM, reduction, bias in one op."""
-    return cast(Tensor, _ops.row_parallel_linear.default(x, weight, bias, order, sizes, group))
+    out: Tensor = _row_parallel_linear(x, weight, bias, order, sizes, group)
+    return out
 
 
 def row_parallel_linear_add_rms_norm(
@@ -91,31 +112,29 @@ def row_parallel_linear_add_rms_norm(
     group: str,
 ) -> tuple[Tensor, Tensor]:
     """``hidden = residual + row_parallel_linear(...)`` and its RMS norm, in one pass."""
-    return cast(
-        tuple[Tensor, Tensor],
-        _ops.row_parallel_linear_add_rms_norm.default(
-            x, weight, bias, residual, norm_weight, eps, order, sizes, group
-        ),
+    out: tuple[Tensor, Tensor] = _row_parallel_linear_add_rms_norm(
+        x, weight, bias, residual, norm_weight, eps, order, sizes, group
     )
+    return out
 
 
 def column_parallel_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor, sizes: Sequence[int], group: str
 ) -> Tensor:
     """``x @ weight.T + bias`` with local rows of the weight; backward: one all-reduce of ``dx``."""
-    return cast(Tensor, _ops.column_parallel_linear.default(x, weight, bias, order, sizes, group))
+    out: Tensor = _column_parallel_linear(x, weight, bias, order, sizes, group)
+    return out
 
 
 def vocab_parallel_embedding(
     ids: Tensor, weight: Tensor, order: Tensor, sizes: Sequence[int], padding_idx: int, group: str
 ) -> Tensor:
     """Rows of a table cut by vocabulary; ``padding_idx`` -1: none."""
-    return cast(
-        Tensor,
-        _ops.vocab_parallel_embedding.default(ids, weight, order, sizes, padding_idx, group),
-    )
+    out: Tensor = _vocab_parallel_embedding(ids, weight, order, sizes, padding_idx, group)
+    return out
 
 
 def empty_shared(shape: Sequence[int], dtype: torch.dtype, group: str) -> Tensor:
     """An uninitialised tensor in the group's shared memory."""
-    return cast(Tensor, _ops.empty_shared.default(shape, dtype, group))
+    out: Tensor = _empty_shared(shape, dtype, group)
+    return out

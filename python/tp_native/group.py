@@ -216,7 +216,9 @@ class Group:
         return self._communicator.op_log() if self._communicator is not None else []
 
     def check(self) -> None:
-        """Raise the group's failure if it has one; for long work between collectives."""
+        """Raise the group's failure if it has one, or if a rank has left: for long work between
+        collectives.
+        """
         if self._communicator is not None:
             self._communicator.check()
 

@@ -67,7 +67,7 @@ def load_pretrained(
     try:
         with agreed(group):
             config = read_config(folder)
-            files = CheckpointFolder(folder)
+            files = CheckpointFolder(folder, check=group.check)
             chosen = resolve_dtype(config, files.tensors, dtype)
             config.name_or_path = str(folder)
             model = build_skeleton(config, chosen)
@@ -106,7 +106,7 @@ class DistributedCheckpointLoader:
         inner = unwrap(model)
         try:
             with agreed(self.group):
-                files = CheckpointFolder(self.path)
+                files = CheckpointFolder(self.path, check=self.group.check)
                 jobs = _match(inner, files)
             with agreed(self.group):
                 count = _fill(inner, files, jobs, self.group.device, None, False)
@@ -254,8 +254,6 @@ def _fill(
     expected = _expected(model)
     filled: dict[int, Tensor] = {}
     for job in _with_bar(jobs, progress):
-        if group is not None:
-            group.check()  # a peer that died need not wait for the rest of a long read
         old = expected[job.name]
         start = job.cut.partition.offset(rank) if job.cut is not None else 0
         dim = job.cut.dim if job.cut is not None else 0

@@ -12,7 +12,7 @@ import math
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -43,6 +43,7 @@ DTYPES: dict[str, torch.dtype] = {
 }
 _HEADER_CAP = 100_000_000  # the crate's own limit
 _STAGE_BYTES = 16 << 20  # staging block for casts and devices; bounds memory, not speed
+_READ_BYTES = 64 << 20  # one read: as long as a peer's death may go unnoticed
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
@@ -60,12 +61,17 @@ class TensorInfo:
 class SafetensorsFile:
     """One open file with a checked header. ``bytes_read`` counts payload bytes, not the header.
 
+    ``check`` is called before every read of a tensor's bytes (64 MiB at most): what it raises ends
+    the reading.
     Raises: CheckpointError if the header breaks the format, or says more than the file holds.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], check: Callable[[], None] = lambda: None
+    ) -> None:
         self.path = Path(path)
         self.bytes_read = 0
+        self._check = check
         self._fd = _open_regular(self.path)
         try:
             self.tensors = self._parse(os.fstat(self._fd).st_size)
@@ -152,8 +158,9 @@ class SafetensorsFile:
     def _pread(self, name: str, into: memoryview, offset: int) -> None:
         got = 0
         while got < len(into):
+            self._check()
             try:
-                count = os.preadv(self._fd, [into[got:]], offset + got)
+                count = os.preadv(self._fd, [into[got : got + _READ_BYTES]], offset + got)
             except OSError as error:
                 raise CheckpointError(
                     f"{self.path}: reading tensor {name} at byte {offset + got} failed: {error}"
@@ -236,11 +243,15 @@ class CheckpointFolder:
     """All tensors of a Hugging Face folder: one ``model.safetensors``, or shards and their index.
 
     ``tensors`` maps every name to its `TensorInfo`; headers only are read until asked for more.
+    ``check``: as in `SafetensorsFile`.
     Raises: CheckpointError if files are missing, unsafe, or disagree with the index.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], check: Callable[[], None] = lambda: None
+    ) -> None:
         self.path = Path(path)
+        self._check = check
         self._files: dict[str, SafetensorsFile] = {}
         self._file_of: dict[str, str] = {}
         try:
@@ -322,7 +333,7 @@ class CheckpointFolder:
     def _add(self, file: str, names: Iterable[str] | None) -> None:
         path = self.path / file
         _check_inside(self.path, path)
-        opened = SafetensorsFile(path)
+        opened = SafetensorsFile(path, self._check)
         self._files[file] = opened
         wanted = set(opened.tensors) if names is None else set(names)
         absent = sorted(wanted - set(opened.tensors))

@@ -255,7 +255,8 @@ class RowParallelLinear(_ParallelLinear):
         if self.group.size == 1:
             y = F.linear(x, self.weight, bias)
             return (y, self.bias) if self.skip_bias_add else y
-        x = self._local_input(x)
+        if not self.input_is_parallel:
+            x = self._local_input(x)
         if self.reduce_results:
             y = _ops.row_parallel_linear(
                 x, self.weight, bias, self.group.order, self.partition.sizes, self.group.name
@@ -286,7 +287,7 @@ class RowParallelLinear(_ParallelLinear):
             scale = wide.square().mean(-1, keepdim=True).add(eps).rsqrt()
             return (wide * scale).to(hidden.dtype) * norm_weight, hidden
         return _ops.row_parallel_linear_add_rms_norm(
-            self._local_input(x),
+            x if self.input_is_parallel else self._local_input(x),
             self.weight,
             self.bias,
             residual,
@@ -298,8 +299,6 @@ class RowParallelLinear(_ParallelLinear):
         )
 
     def _local_input(self, x: Tensor) -> Tensor:
-        if self.input_is_parallel:
-            return x
         if x.shape[-1] != self.in_features:
             raise ValueError(
                 "RowParallelLinear with input_is_parallel=False: the input's last dimension "
