@@ -225,13 +225,13 @@ def asks_while_a_peer_leaves(group: Group) -> None:
     if group.rank == 1:
         return group.close()
     end = time.monotonic() + 10
-    with pytest.raises(tp.PeerLostError, match="rank 1 .* left the group"):
+    with pytest.raises(tp.PeerLostError, match="rank 1 left the group"):
         while time.monotonic() < end:
             group.check()
 
 
 def test_check_tells_of_a_rank_that_has_left() -> None:
-    assert run_ranks(asks_while_a_peer_leaves, 3) == [None] * 3
+    tp.simulate(asks_while_a_peer_leaves, 3)
 
 
 def splits(group: Group) -> tuple[str, int, int, list[float]]:
