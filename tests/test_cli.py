@@ -18,6 +18,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 import tiny
+from tp_native import launch
 from tp_native.cli import main
 
 COMMAND = [sys.executable, "-m", "tp_native"]
@@ -207,10 +208,21 @@ def test_a_killed_rank_ends_the_command_with_1_and_its_name(running: subprocess.
     victim = next(p for p in ranks if p.environ().get("RANK") == "1")
     victim.kill()
     ends_alone(running, ranks, 5)
-    assert running.returncode == 1
     assert running.stderr is not None
     told = running.stderr.read()
+    assert running.returncode == 1, told
     assert f"rank 1 (pid {victim.pid}) died" in told and told.count("error: ") == 1, told
+
+
+def test_a_rank_that_takes_long_to_end_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program = tmp_path / "rank"
+    program.write_text("#!/bin/sh\n[ $RANK = 1 ] || sleep 0.6\nexit 3\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(launch, "GRACE_S", 0.4)
+    assert launch.launch(["nothing"], 2) == 3
 
 
 def test_ctrl_c_ends_everything_with_130(running: subprocess.Popen[str]) -> None:

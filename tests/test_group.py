@@ -225,7 +225,7 @@ def asks_while_a_peer_leaves(group: Group) -> None:
     if group.rank == 1:
         return group.close()
     end = time.monotonic() + 10
-    with pytest.raises(tp.PeerLostError, match="rank 1 left the group"):
+    with pytest.raises(tp.PeerLostError, match=r"rank 1 .*left the group"):
         while time.monotonic() < end:
             group.check()
 

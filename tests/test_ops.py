@@ -26,6 +26,9 @@ def samples(group: Group) -> Iterator[tuple[str, tuple[Any, ...]]]:
     mine = widths[rank]
     yield "row_parallel_linear", (t(3, mine), t(5, mine), t(5), order, widths, name)
     yield "row_parallel_linear", (t(2, 2, mine), t(5, mine), None, order, widths, name)
+    residual, scale = t(2, 2, 5), t(5)
+    args = (t(2, 2, mine), t(5, mine), t(5), residual, scale, 1e-5, order, widths, name)
+    yield "row_parallel_linear_add_rms_norm", args
     yield "column_parallel_linear", (t(3, 6), t(mine, 6), t(mine), order, widths, name)
     yield "all_reduce", (t(7), order, "sum", name)
     yield "copy_to_ranks", (t(7), order, name)
@@ -37,6 +40,9 @@ def samples(group: Group) -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "vocab_parallel_embedding", (ids, t(mine, 3), order, widths, 2, name)
     yield "all_reduce_", (torch.randn(7), order, "sum", name)
     yield "broadcast_", (torch.randn(7), order, 0, name)
+    whole = torch.randn(sum(widths), 2)
+    yield "gather_into", (torch.randn(mine, 2), order, whole, widths, size - 1, name)
+    yield "scatter_into", (whole, order, torch.randn(mine, 2), widths, 0, name)
 
 
 def passes_opcheck(group: Group) -> set[str]:

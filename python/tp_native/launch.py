@@ -52,6 +52,7 @@ def launch(arguments: Sequence[str], ranks: int) -> int:
         _raise_for(came)
         told = [_Collected(process) for process in processes[1:]]
         status, rank = _wait(processes)
+        _end(processes)  # rank 0 may be about to tell
         if status != 0 and rank != 0 and processes[0].returncode == 0:
             sys.stderr.write(told[rank - 1].text())
         elif processes[0].returncode < 0 and told:
