@@ -153,6 +153,7 @@ def test_old_records_go(tmp_path: Path) -> None:
         ("{", "is no flight record"),
         ("[]", "is no flight record"),
         ('{"format": "tp_native flight record", "version": 9}', "of version 9"),
+        ('{"format": "tp_native flight record", "version": 1}', "damaged flight record"),
         ("\xff", "is no flight record"),
     ],
 )

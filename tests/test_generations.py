@@ -179,12 +179,24 @@ def test_renewing_without_a_replacement_names_the_missing_and_can_be_tried_again
         world.kill()
 
 
+def renews_what_is_closed(group: Group) -> None:
+    group.close()
+    with pytest.raises(tp.TensorParallelError, match="is closed"):
+        group.renew(1.0)
+
+
 def test_a_group_of_threads_or_one_says_what_it_cannot() -> None:
     def renews(group: Group) -> None:
         with pytest.raises(ValueError, match="only a shm group"):
             group.renew()
 
     tp.simulate(renews, 2)
+
+    world = World(2)
+    try:
+        world.run(renews_what_is_closed)
+    finally:
+        world.kill()
     with tp.init_tensor_parallel() as alone:
         assert alone.renew() is alone
 

@@ -234,6 +234,19 @@ def test_check_tells_of_a_rank_that_has_left() -> None:
     tp.simulate(asks_while_a_peer_leaves, 3)
 
 
+@pytest.mark.parametrize("text", ["é" * 2000, "x" + "é" * 2000, "bad\udcff.txt"])
+def test_a_reason_of_any_text_ends_every_rank(text: str) -> None:
+    def leaves_by_an_error(group: Group) -> None:
+        if group.rank == 1:
+            with pytest.raises(LookupError), group:
+                raise LookupError(text)
+        else:
+            with pytest.raises(tp.TensorParallelError, match="aborted the group: LookupError: "):
+                group.barrier(timeout_s=10)
+
+    tp.simulate(leaves_by_an_error, 2)
+
+
 def splits(group: Group) -> tuple[str, int, int, list[float]]:
     own = torch.full((3,), 10.0**group.rank)
     pair = group.split(group.rank % 2, key=-group.rank)  # reversed
@@ -252,6 +265,20 @@ def splits(group: Group) -> tuple[str, int, int, list[float]]:
     group.barrier()
     assert total == sum(order)
     return name, rank, size, order
+
+
+def splits_twice(group: Group) -> float:
+    half = group.split(group.rank // 2)
+    assert half is not None
+    again = half.split(0, key=-half.rank)
+    assert again is not None and again.rank == half.size - 1 - half.rank
+    return float(again.all_reduce_(torch.tensor([10.0**group.rank])))
+
+
+@pytest.mark.parametrize("kind", ["processes", "threads"])
+def test_a_split_group_is_split_again(kind: str) -> None:
+    found = tp.simulate(splits_twice, 4) if kind == "threads" else run_ranks(splits_twice, 4)
+    assert found == [11.0, 11.0, 1100.0, 1100.0]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])

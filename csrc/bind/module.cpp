@@ -22,13 +22,19 @@ PyObject* g_make_error = nullptr;  // Python: (kind, message, rank, peer, op, se
                                    // exception; never released
 PyObject* g_warn = nullptr;
 
+/// A path in it may be no UTF-8.
+py::str python_text(const std::string& text) {
+  return py::reinterpret_steal<py::str>(
+      PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), "backslashreplace"));
+}
+
 /// Raised as what `make_error` builds. error_already_set crosses torch's dispatcher and its
 /// autograd engine intact.
 void raise_in_python(const FailureRecord& record) {
   py::gil_scoped_acquire gil;
   const py::object error = py::reinterpret_borrow<py::object>(g_make_error)(
-      static_cast<int>(record.kind), record.message, record.rank, record.peer, record.op,
-      record.seq, record.elapsed_s);
+      static_cast<int>(record.kind), python_text(record.message), record.rank, record.peer,
+      record.op, record.seq, record.elapsed_s);
   PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
   throw py::error_already_set();
 }
@@ -42,7 +48,7 @@ void check_python_signals() {
 
 void warn_in_python(const std::string& message) {
   py::gil_scoped_acquire gil;
-  py::reinterpret_borrow<py::object>(g_warn)(message);
+  py::reinterpret_borrow<py::object>(g_warn)(python_text(message));
 }
 
 /// Python's own queue takes no lock that a thread of the program may hold for long.

@@ -18,7 +18,7 @@ struct ShmOptions {
   std::string address;
   double init_timeout_s = 60;
   double frozen_timeout_s = 10;  ///< a peer without a heartbeat for so long is given up
-  int launcher_pid = 0;          ///< this process ends when that one has died; 0: nobody's
+  int launcher_pid = 0;          ///< the parent, whose death ends this process; 0: nobody's
   bool is_checked = true;        ///< false: no fingerprints, records or arrivals, for a benchmark
 };
 

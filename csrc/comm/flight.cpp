@@ -163,7 +163,8 @@ Announcement announcement_of(const FlightCopy& e, uint64_t fingerprint) {
           static_cast<uint8_t>(e.reduce),
           e.root,
           e.dim,
-          e.shape};
+          e.shape,
+          e.seq != 0};
 }
 
 std::string flight_path(const Identity& identity, const RankHeader& first) {

@@ -20,6 +20,7 @@ constexpr double kYieldSeconds = 1e-3;  // a peer between two operations is usua
 constexpr long kSliceNanoseconds =
     20'000'000;  // a lost wake-up or a signal costs one slice at most
 constexpr double kWarnSeconds = 30;
+constexpr double kNoteSeconds = 0.05;
 constexpr double kPromptSeconds = 50e-6;  // who comes within this is not called slow
 
 void cpu_pause() {
@@ -75,8 +76,7 @@ HostCommunicator::HostCommunicator(Identity identity, std::shared_ptr<Arena> are
       arena_(std::move(arena)),
       peers_(std::move(peers)),
       group_hash_(mix(hash_text(identity_.name), identity_.generation)),
-      spin_pauses_(spin_pauses(identity_.size)),
-      skew_(static_cast<uint64_t>(kPromptSeconds / clock_.period_s())) {
+      spin_pauses_(spin_pauses(identity_.size)) {
   peers_[identity_.rank].header()->state.store(static_cast<uint32_t>(RankState::kActive),
                                                std::memory_order_release);
 }
@@ -200,6 +200,8 @@ HostCommunicator::Announced HostCommunicator::check_announced(int64_t shared_byt
 /// Of the last collective.
 void HostCommunicator::note_arrivals() {
   if (arrived_[0] == 0) return;
+  if (!skew_.has_floor() && clock_.age_s() > 1e-3) [[unlikely]]
+    skew_.set_floor(static_cast<uint64_t>(kPromptSeconds / clock_.period_s()));
   const int slow = skew_.add(arrived_, identity_.size);
   for (int r = 0; r < identity_.size; ++r)
     late_share_[r].store(static_cast<float>(skew_.share(r)), std::memory_order_relaxed);
@@ -356,7 +358,7 @@ void HostCommunicator::publish_abort(FailureKind kind, int culprit,
     AbortRecord& mine = peers_[identity_.rank].header()->abort;  // proof: abort.publish
     mine.kind = static_cast<uint8_t>(kind);
     mine.culprit = culprit;
-    std::snprintf(mine.text, sizeof(mine.text), "%s", text.c_str());
+    copy_text(mine.text, text);
     TPN_FAULT("abort.publish");
     uint32_t none = 0;  // proof: abort.claim
     if (!verdict.compare_exchange_strong(none, static_cast<uint32_t>(identity_.rank) + 1,
@@ -378,6 +380,7 @@ void HostCommunicator::check() {
   check_not_forked();
   if (is_reentered()) return;
   std::lock_guard lock(mutex_);
+  wait_started_s_ = 0;
   check_usable();
   for (int r = 0; r < identity_.size; ++r) {
     if (has_left(r)) fail_group(FailureKind::kPeerLost, r, left_text(r));
@@ -424,7 +427,8 @@ void HostCommunicator::raise_mismatch() {
   for (int r = 0; r < identity_.size; ++r) {
     do {  // a rank notes its operation right after it has announced it
       entries[r] = copy_flight(*peers_[r].header(), seq_);
-    } while (entries[r].seq == 0 && now_s() - start < 0.05 && ::sched_yield() == 0);
+    } while (entries[r].seq == 0 && !read_verdict().is_passed && now_s() - start < kNoteSeconds &&
+             ::sched_yield() == 0);
     ranks[r] = announcement_of(entries[r], line(r).fingerprint);
   }
   const Mismatch found = find_mismatch(std::span(ranks, size));

@@ -71,8 +71,9 @@ int64_t memory_headroom(const std::string& root, const std::string& self) {
 std::string describe_descriptor_limit(int needed) {
   rlimit limit{};
   ::getrlimit(RLIMIT_NOFILE, &limit);
-  int open = 0;
+  auto open = static_cast<int>(limit.rlim_cur);  // where none is left to look
   if (DIR* const folder = ::opendir("/proc/self/fd")) {
+    open = 0;
     while (const dirent* const entry = ::readdir(folder)) open += entry->d_name[0] != '.';
     ::closedir(folder);
     --open;  // the folder's own

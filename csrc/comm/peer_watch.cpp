@@ -34,21 +34,25 @@ char state_of(int pid) {
 }  // namespace
 
 PeerWatch::PeerWatch(HostCommunicator& communicator, Roster roster, double frozen_timeout_s,
-                     int launcher_pid)
+                     Fd launcher, int launcher_pid)
     : communicator_(communicator),
       roster_(std::move(roster)),
       frozen_timeout_s_(frozen_timeout_s),
+      launcher_(std::move(launcher)),
       launcher_pid_(launcher_pid),
       stop_(::eventfd(0, EFD_CLOEXEC)),
       hearts_(roster_.members.size()) {
   TPN_SYS(stop_.get(), "making an eventfd for the watch over the peers");
-  if (launcher_pid_ > 0)
-    launcher_ = Fd(static_cast<int>(::syscall(SYS_pidfd_open, launcher_pid_, 0)));
   sigset_t all;  // signals go to the threads of the program
   sigset_t before;
   ::sigfillset(&all);
   ::pthread_sigmask(SIG_SETMASK, &all, &before);
-  thread_ = std::thread([this] { run(); });
+  try {
+    thread_ = std::thread([this] { run(); });
+  } catch (...) {
+    ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
+    throw;
+  }
   ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
   ::pthread_setname_np(thread_.native_handle(), "tpn-watch");
 }

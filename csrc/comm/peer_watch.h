@@ -15,7 +15,7 @@ class PeerWatch final : public Companion {
  public:
   /// `frozen_timeout_s`: how long a heart may stand still. `launcher_pid`: this process ends when
   /// that one has died; 0: nobody's.
-  PeerWatch(HostCommunicator& communicator, Roster roster, double frozen_timeout_s,
+  PeerWatch(HostCommunicator& communicator, Roster roster, double frozen_timeout_s, Fd launcher,
             int launcher_pid);
   ~PeerWatch() override;
 
@@ -34,8 +34,8 @@ class PeerWatch final : public Companion {
   HostCommunicator& communicator_;
   Roster roster_;
   double frozen_timeout_s_;
-  int launcher_pid_;
   Fd launcher_;
+  int launcher_pid_;
   Fd stop_;  ///< eventfd
   std::vector<Heart> hearts_;
   std::thread thread_;

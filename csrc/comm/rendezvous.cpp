@@ -50,12 +50,6 @@ struct Welcome {
   char text[kTextBytes] = {};
 };
 
-void set_text(std::span<char> to, const std::string& text) {
-  const size_t length = std::min(text.size(), to.size() - 1);
-  std::memcpy(to.data(), text.data(), length);
-  to[length] = '\0';
-}
-
 std::string get_text(std::span<const char> from) {
   return {from.data(), ::strnlen(from.data(), from.size())};
 }
@@ -149,6 +143,7 @@ Fd process_of(int socket, int pid) {
   int fd = -1;
   socklen_t length = sizeof(fd);
   if (::getsockopt(socket, SOL_SOCKET, SO_PEERPIDFD, &fd, &length) == 0) return Fd(fd);
+  if (pid <= 0) return {};  // in another pid namespace: its hang-up has to do
   return Fd(static_cast<int>(::syscall(SYS_pidfd_open, pid, 0)));  // kernels before 6.5
 }
 
@@ -158,8 +153,8 @@ Hello make_hello(const Identity& identity) {
   hello.size = identity.size;
   hello.pid = ::getpid();
   hello.generation = identity.generation;  // proof: gen.meet
-  set_text(hello.build, TPN_VERSION " torch " TPN_TORCH_VERSION);
-  set_text(hello.group, identity.name);
+  copy_text(hello.build, TPN_VERSION " torch " TPN_TORCH_VERSION);
+  copy_text(hello.group, identity.name);
   return hello;
 }
 
@@ -202,7 +197,7 @@ struct Lobby {
   [[noreturn]] void refuse_all(const std::string& why) {
     Welcome refusal;
     refusal.is_refused = 1;
-    set_text(refusal.text, why);
+    copy_text(refusal.text, why);
     for (const Fd& socket : roster.sockets) {
       if (socket) (void)send_message(socket.get(), refusal, {});
     }
@@ -233,7 +228,7 @@ struct Lobby {
     member.pid =
         peer.pid > 0 ? peer.pid : theirs.pid;  // 0: the caller lives in another pid namespace
     member.arena = std::move(fds[0]);
-    member.process = process_of(socket.get(), member.pid);
+    member.process = process_of(socket.get(), peer.pid);
     roster.sockets[theirs.rank] = std::move(socket);
   }
 
@@ -245,6 +240,42 @@ struct Lobby {
     const int pid = roster.members[rank].pid;
     roster.sockets[rank] = Fd();
     refuse_all(concat("rank ", rank, " (pid ", pid, ") left while the group was being made"));
+  }
+
+  void accept_caller(const Fd& listener) {
+    const int caller = ::accept4(listener.get(), nullptr, nullptr, SOCK_CLOEXEC);
+    if (caller >= 0) {
+      waiting.emplace_back(caller);
+    } else if (errno == EMFILE || errno == ENFILE) {
+      refuse_all(concat("rank 0 ", describe_descriptor_limit(2 * mine.size)));
+    }
+  }
+
+  void check_signals() {
+    if (!callbacks().check_signals) return;
+    try {
+      callbacks().check_signals();
+    } catch (...) {
+      try {
+        refuse_all("rank 0 was interrupted by a signal while the group was being made");
+      } catch (...) {  // the signal's own exception is the one to report
+      }
+      throw;
+    }
+  }
+
+  [[noreturn]] void refuse_late(double timeout_s) {
+    std::ostringstream why;
+    why << "ranks missing:";
+    for (int r = 0; r < mine.size; ++r) {
+      if (roster.members[r].pid < 0) why << ' ' << r;
+    }
+    why << " after " << timeout_s << " s; joined:";
+    for (int r = 0; r < mine.size; ++r) {
+      if (roster.members[r].pid >= 0) why << ' ' << r << " (pid " << roster.members[r].pid << ')';
+    }
+    why << ". Start all " << mine.size << " ranks, or raise init_timeout_s";
+    refuse_all(why.str());
   }
 };
 
@@ -279,34 +310,7 @@ Roster host(const Identity& identity, const std::string& address, int arena_fd, 
     const size_t joined = polled.size();
     for (const Fd& socket : lobby.roster.sockets) polled.push_back({socket.get(), POLLRDHUP, 0});
     const double left = deadline_s - now_s();
-    const int ready =
-        ::poll(polled.data(), polled.size(), static_cast<int>(std::clamp(left, 0.0, 0.05) * 1e3));
-    if (ready <= 0) {
-      if (callbacks().check_signals) {
-        try {
-          callbacks().check_signals();
-        } catch (...) {
-          try {
-            lobby.refuse_all("rank 0 was interrupted by a signal while the group was being made");
-          } catch (...) {  // the signal's own exception is the one to report
-          }
-          throw;
-        }
-      }
-      if (left > 0) continue;
-      std::ostringstream why;
-      why << "ranks missing:";
-      for (int r = 0; r < identity.size; ++r) {
-        if (lobby.roster.members[r].pid < 0) why << ' ' << r;
-      }
-      why << " after " << timeout_s << " s; joined:";
-      for (int r = 0; r < identity.size; ++r) {
-        if (lobby.roster.members[r].pid >= 0)
-          why << ' ' << r << " (pid " << lobby.roster.members[r].pid << ')';
-      }
-      why << ". Start all " << identity.size << " ranks, or raise init_timeout_s";
-      lobby.refuse_all(why.str());
-    }
+    (void)::poll(polled.data(), polled.size(), static_cast<int>(std::clamp(left, 0.0, 0.05) * 1e3));
     for (int r = 1; r < identity.size; ++r) {
       if (polled[joined + r].revents != 0) lobby.check_living(r);
     }
@@ -320,10 +324,9 @@ Roster host(const Identity& identity, const std::string& address, int arena_fd, 
       }
     }
     lobby.waiting = std::move(still_waiting);
-    if (polled[0].revents != 0) {
-      const int caller = ::accept4(listener.get(), nullptr, nullptr, SOCK_CLOEXEC);
-      if (caller >= 0) lobby.waiting.emplace_back(caller);
-    }
+    if (polled[0].revents != 0) lobby.accept_caller(listener);
+    lobby.check_signals();
+    if (left <= 0 && lobby.joined() < identity.size) lobby.refuse_late(timeout_s);
   }
 
   Welcome welcome;

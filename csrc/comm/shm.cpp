@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <linux/memfd.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include "comm/backends.h"
@@ -22,9 +23,19 @@ Peer map_peer(const Member& member, int rank) {
   return {std::make_shared<Mapping>(member.arena.get(), static_cast<size_t>(info.st_size))};
 }
 
+/// Opened before anything that takes time: who dies later is seen by it.
+Fd launcher_of(int pid) {
+  if (pid <= 0) return {};
+  Fd launcher(static_cast<int>(::syscall(SYS_pidfd_open, pid, 0)));
+  TPN_CHECK((launcher || errno != ESRCH) && ::getppid() == pid, "the launcher (pid ", pid,
+            ") has died");
+  return launcher;
+}
+
 }  // namespace
 
 std::shared_ptr<Communicator> make_shm(Identity identity, const ShmOptions& options) {
+  Fd launcher = launcher_of(options.launcher_pid);
   const auto memory =
       static_cast<size_t>(::sysconf(_SC_PHYS_PAGES)) * static_cast<size_t>(::sysconf(_SC_PAGESIZE));
   const std::shared_ptr<Arena> arena =
@@ -45,7 +56,8 @@ std::shared_ptr<Communicator> make_shm(Identity identity, const ShmOptions& opti
   auto communicator =
       std::make_shared<HostCommunicator>(identity, arena, std::move(peers), options.is_checked);
   communicator->keep(std::make_unique<PeerWatch>(*communicator, std::move(roster),
-                                                 options.frozen_timeout_s, options.launcher_pid));
+                                                 options.frozen_timeout_s, std::move(launcher),
+                                                 options.launcher_pid));
   communicator->barrier(options.init_timeout_s, {});  // every rank has mapped everybody's memory
   return communicator;
 }

@@ -41,6 +41,7 @@ uint64_t hash_signature(const Signature& s) {
 }
 
 std::string describe(const Announcement& a) {
+  if (!a.is_known) return "an operation that it has not noted yet";
   std::ostringstream text;
   const auto code = static_cast<OpCode>(a.op);
   text << name(code);
@@ -74,12 +75,19 @@ Mismatch find_mismatch(std::span<const Announcement> ranks) {
     }
   }
   Mismatch found;
+  bool is_hidden = false;
   std::ostringstream text;
   text << "the ranks entered different collectives:";
   for (size_t r = 0; r < ranks.size(); ++r) {
     if (found.culprit < 0 && ranks[r].fingerprint != model) found.culprit = static_cast<int>(r);
-    text << (r ? "; " : " ") << "rank " << r << " " << describe(ranks[r]);
+    const std::string own = describe(ranks[r]);
+    text << (r ? "; " : " ") << "rank " << r << " " << own;
+    for (size_t other = 0; other < r; ++other) {
+      is_hidden = is_hidden || (ranks[other].fingerprint != ranks[r].fingerprint &&
+                                describe(ranks[other]) == own);
+    }
   }
+  if (is_hidden) text << " (what reads alike differs in its partition or options)";
   text
       << ". All ranks must call the same operation with the same dtype, global shape and partition";
   found.text = text.str();

@@ -28,6 +28,7 @@ struct Announcement {
   int root = -1;
   int dim = -1;
   std::span<const int64_t> shape = {};
+  bool is_known = true;  ///< false: only the fingerprint is
 };
 
 /// "all_reduce(sum, float32 [6])"

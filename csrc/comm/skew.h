@@ -12,8 +12,9 @@ namespace tp_native::comm {
 
 class Skew {
  public:
-  /// Arrivals less than `floor` stamps late count as prompt.
-  explicit Skew(uint64_t floor) : floor_(floor) {}
+  /// Arrivals less than `floor` stamps late count as prompt; all do until that is set.
+  void set_floor(uint64_t floor) { floor_ = floor; }
+  bool has_floor() const { return floor_ != kNoFloor; }
 
   /// `arrived[r]`: the stamp that rank r announced this collective with. Returns a rank that has
   /// become slow, else -1: on average over some 16 collectives it took a quarter more of the time
@@ -58,7 +59,9 @@ class Skew {
   static constexpr double kWeight = 1.0 / 16;
   static constexpr double kSlow = 0.25;  // a rank half as fast as the others has 0.5
 
-  uint64_t floor_;
+  static constexpr uint64_t kNoFloor = UINT64_MAX;
+
+  uint64_t floor_ = kNoFloor;
   uint64_t late_[kMaxRanks] = {};
   double share_[kMaxRanks] = {};
   uint64_t last_ = 0;

@@ -39,10 +39,11 @@ class StampClock {
 
   /// Seconds per stamp; exact to some parts in a million after a millisecond.
   double period_s() const {
-    const double elapsed_s = now_s() - first_s_;
+    const double elapsed_s = age_s();
     const double ticks = static_cast<double>(stamp() - first_stamp_);
     return ticks > 0 && elapsed_s > 0 ? elapsed_s / ticks : 1e-9;
   }
+  double age_s() const { return now_s() - first_s_; }
   /// `at` on the clock of now_s().
   double seconds(uint64_t at) const {
     return first_s_ + static_cast<double>(static_cast<int64_t>(at - first_stamp_)) * period_s();

@@ -2,12 +2,15 @@
 // The one exception type, and what a failed collective tells: who, in which operation, why.
 #pragma once
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
+#include <span>
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <utility>
 
 namespace tp_native {
@@ -47,6 +50,16 @@ std::string concat(const Parts&... parts) {
   std::ostringstream text;
   (text << ... << parts);
   return text.str();
+}
+
+/// `text` and its end; what does not fit is cut off, between two characters of UTF-8.
+inline void copy_text(std::span<char> to, std::string_view text) {
+  size_t length = std::min(text.size(), to.size() - 1);
+  if (length < text.size()) {
+    while (length > 0 && (static_cast<unsigned char>(text[length]) & 0xc0) == 0x80) --length;
+  }
+  std::memcpy(to.data(), text.data(), length);
+  to[length] = '\0';
 }
 
 /// Throws `record` as the host language's typed error (callbacks.h), or as Error where there is no

@@ -77,9 +77,15 @@ def address_of(*parts: str) -> str:
     return "tp_native-" + hashlib.sha256("\0".join(parts).encode()).hexdigest()[:40]
 
 
+_imported_by = (os.getpid(), os.getppid())
+
+
 def launcher_pid() -> int:
     """The process that this one must not outlive: torchrun's agent; 0 without one."""
-    return os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else 0
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0
+    pid, parent = _imported_by  # a parent that dies after the import is not replaced by init
+    return parent if pid == os.getpid() else os.getppid()
 
 
 def flight_folder() -> str:

@@ -37,6 +37,10 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(f'{path} is no flight record: it has no "format" of one')
     if record.get("version") != 1:
         raise ValueError(f"{path} is a flight record of version {record.get('version')}, not 1")
+    try:
+        explain(record)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is a damaged flight record: {error!r}") from None
     return record
 
 

@@ -227,7 +227,7 @@ class Group:
         ``reason``.
         """
         if self._communicator is not None:
-            self._communicator.abort(reason)
+            self._communicator.abort(reason.encode(errors="backslashreplace").decode())
 
     def split(self, color: int | None, key: int = 0) -> Group | None:
         """Make a group of the ranks that give the same ``color``; None for ``color=None``.
@@ -246,7 +246,8 @@ class Group:
         members = sorted((k, rank) for rank, (c, k) in enumerate(colors) if c == color)
         rank = [r for _, r in members].index(self.rank)
         size = len(members)
-        base = f"{self.name}/{count}.{color}"
+        # thread ranks' names differ in what follows "@"
+        base = f"{self.name.split('@')[0]}/{count}.{color}"
         config = replace(
             self.config, rank=rank, world_size=size, local_rank=rank, local_world_size=size
         )
@@ -274,7 +275,7 @@ class Group:
             if self.size == 1:
                 return self
             raise ValueError(f"renew: {self!r} cannot be made anew; only a shm group can")
-        if self._communicator is None:
+        if self._is_closed or self._communicator is None:
             raise TensorParallelError(f"renew: {self!r} is closed: call init_tensor_parallel()")
         proposed = self._communicator.generation + 1
         self._communicator.close()
@@ -306,9 +307,11 @@ class Group:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if error is not None and not isinstance(error, TensorParallelError):
-            self.abort(f"{type(error).__name__}: {error}")
-        self.close()
+        try:
+            if error is not None and not isinstance(error, TensorParallelError):
+                self.abort(f"{type(error).__name__}: {error}")
+        finally:
+            self.close()
 
     def init_generator(self) -> torch.Generator | None:
         """The generator that parameters are drawn from; None: torch's default one.
@@ -564,18 +567,16 @@ _local_splits_lock = threading.Lock()
 
 def _split_local(base: str, config: TensorParallelConfig, order: Tensor) -> Group:
     """The thread rank's share of a group that the first of its ranks makes for all."""
-    parent, split = base.split("/", 1)
-    whole = f"{parent.split('@')[0]}/{split}"  # the same on all ranks
     with _local_splits_lock:
-        made = _local_splits.get(whole)
+        made = _local_splits.get(base)
         if made is None:
-            made = list(_C.make_local(whole, config.world_size, config.timeout_s))
-            _local_splits[whole] = made
+            made = list(_C.make_local(base, config.world_size, config.timeout_s))
+            _local_splits[base] = made
         communicator, made[config.rank] = made[config.rank], None
         if all(c is None for c in made):
-            del _local_splits[whole]
+            del _local_splits[base]
     assert communicator is not None
-    group = Group(config, communicator, f"{whole}@{config.rank}", order=order)
+    group = Group(config, communicator, f"{base}@{config.rank}", order=order)
     _C.register(group.name, communicator)
     return group
 

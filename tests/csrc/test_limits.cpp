@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Memory limits of control groups, and who is called slow.
+// Memory limits of control groups, who is called slow, and what errors say.
 // TSan: no processes.
+#include <array>
 #include <filesystem>
 #include <fstream>
 #include <limits>
@@ -8,7 +9,9 @@
 
 #include "check.h"
 #include "comm/limits.h"
+#include "comm/signature.h"
 #include "comm/skew.h"
+#include "core/error.h"
 
 using namespace tp_native::comm;  // NOLINT
 
@@ -68,7 +71,8 @@ TEST(version_1_of_control_groups_is_read_too) {
 }
 
 TEST(a_rank_half_as_fast_is_called_slow_within_50_collectives_and_once) {
-  Skew skew(10);
+  Skew skew;
+  skew.set_floor(10);
   std::vector<int> told;
   uint64_t now = 1000;
   for (int step = 0; step < 200; ++step) {
@@ -87,7 +91,8 @@ TEST(quiet_steps_with_pauses_of_any_rank_raise_at_most_one_false_alarm_in_10000)
   int alarms = 0;
   for (const uint32_t seed : {1u, 2u, 3u, 4u}) {
     std::mt19937 rng(seed);
-    Skew skew(100);
+    Skew skew;
+    skew.set_floor(100);
     uint64_t now = 0;
     for (int step = 0; step < 10000; ++step) {
       uint64_t arrived[4];
@@ -102,6 +107,37 @@ TEST(quiet_steps_with_pauses_of_any_rank_raise_at_most_one_false_alarm_in_10000)
     }
   }
   CHECK(alarms <= 4);
+}
+
+TEST(all_ranks_are_prompt_until_the_floor_is_known) {
+  Skew skew;
+  CHECK(!skew.has_floor());
+  for (uint64_t now = 1000; now < 500'000; now += 2000) {
+    const uint64_t arrived[] = {now, now + 1000};
+    CHECK_EQ(skew.add(arrived, 2), -1);
+  }
+  CHECK_EQ(skew.share(1), 0.0);
+}
+
+TEST(texts_are_cut_between_two_characters) {
+  for (const size_t room : {1u, 2u, 3u, 4u, 5u, 6u, 7u, 8u}) {
+    std::string to(room, 'x');
+    tp_native::copy_text(to, "a\u00e9\u20ac");  // 1, 2 and 3 bytes
+    const size_t length = ::strnlen(to.data(), room);
+    CHECK_EQ(length, room <= 1 ? 0u : room <= 3 ? 1u : room <= 6 ? 3u : 6u);
+  }
+}
+
+TEST(a_mismatch_says_what_is_not_known_and_what_reads_alike) {
+  const int64_t shape[] = {3};
+  const Announcement known{.fingerprint = 1, .shape = shape};
+  Announcement other = known;
+  other.fingerprint = 2;
+  CHECK(find_mismatch(std::array{known, other}).text.find("what reads alike") != std::string::npos);
+  other.is_known = false;
+  const std::string text = find_mismatch(std::array{known, other}).text;
+  CHECK(text.find("rank 1 an operation that it has not noted yet") != std::string::npos);
+  CHECK(text.find("what reads alike") == std::string::npos);
 }
 
 TEST(descriptor_limits_are_told_with_figures) {

@@ -2,6 +2,7 @@
 // Ranks as forked processes without torch or Python: rendezvous, collectives, death.
 #include <signal.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/un.h>
 #include <sys/wait.h>
@@ -107,6 +108,53 @@ TEST(processes_reduce_in_any_start_order_and_leave_no_descriptor) {
       }));
     }
     for (const pid_t pid : pids) CHECK_EQ(exit_status(pid), 0);
+  }
+}
+
+TEST(rank_0_without_descriptors_for_its_callers_says_so) {
+  const std::string address = fresh_address();
+  const auto told = [&](int rank, int spare) {
+    return spawn([&address, rank, spare] {
+      rlimit limit{};
+      ::getrlimit(RLIMIT_NOFILE, &limit);
+      limit.rlim_cur = 64;
+      ::setrlimit(RLIMIT_NOFILE, &limit);
+      std::vector<int> held;
+      for (int fd = ::dup(0); spare > 0 && fd >= 0; fd = ::dup(0)) held.push_back(fd);
+      for (int i = 0; i < spare; ++i) {
+        ::close(held.back());
+        held.pop_back();
+      }
+      ::alarm(5);
+      try {
+        join(address, rank, 2);
+      } catch (const Error& error) {
+        const std::string text = error.what();
+        if (rank == 0)
+          return text.find("rank 0 needs 4 file descriptors, 64 of 64") != text.npos ? 0 : 3;
+        return text.find("rank 0") != text.npos ? 0 : 4;  // its call was never accepted
+      }
+      return 2;
+    });
+  };
+  // its arena, the listener, a copy of the arena and its own pidfd: none is left for a caller
+  const pid_t pids[] = {told(0, 4), told(1, 0)};
+  for (const pid_t pid : pids) CHECK_EQ(exit_status(pid), 0);
+}
+
+TEST(a_launcher_that_has_died_already_is_told) {
+  const pid_t dead = spawn([] { return 0; });
+  CHECK_EQ(exit_status(dead), 0);
+  for (const pid_t launcher : {dead, ::getpid()}) {  // nobody's, and not the parent
+    const std::string address = fresh_address();
+    std::string text;
+    try {
+      make_shm(Identity{0, 1, "test", "shm", 0, 20, {}},
+               {.address = address, .launcher_pid = launcher});
+    } catch (const Error& error) {
+      text = error.what();
+    }
+    CHECK(text.find("has died") != text.npos);
   }
 }
 
