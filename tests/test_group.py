@@ -275,6 +275,17 @@ def splits_twice(group: Group) -> float:
     return float(again.all_reduce_(torch.tensor([10.0**group.rank])))
 
 
+def test_groups_split_from_thread_ranks_end_with_them() -> None:
+    def fails_beside_a_split(group: Group) -> None:
+        half = group.split(0)
+        if group.rank == 1:
+            raise LookupError("on purpose")
+        half.barrier()  # type: ignore[union-attr]
+
+    with pytest.raises(LookupError, match="on purpose"):
+        tp.simulate(fails_beside_a_split, 2)
+
+
 @pytest.mark.parametrize("kind", ["processes", "threads"])
 def test_a_split_group_is_split_again(kind: str) -> None:
     found = tp.simulate(splits_twice, 4) if kind == "threads" else run_ranks(splits_twice, 4)

@@ -68,6 +68,7 @@ class Group:
         self._address = address  # where its ranks meet; groups made from it meet beside it
         self._make = make
         self._splits = 0
+        self._local_splits: list[Group] = []  # end with it
         self._generator: torch.Generator | None = None
         self._generator_seed: int | None = None
         self._is_closed = False
@@ -254,7 +255,8 @@ class Group:
         if size == 1:
             return Group(config, None, base, order=self.order)
         if self.backend == "local":
-            return _split_local(base, config, self.order)
+            self._local_splits.append(_split_local(base, config, self.order))
+            return self._local_splits[-1]
         if self.backend != "shm":
             raise ValueError(
                 f"split: a group over {self.backend} cannot be split here; make the smaller "
@@ -293,6 +295,8 @@ class Group:
         if self._is_closed:
             return
         self._is_closed = True
+        for split in self._local_splits:
+            split.close()
         if self._communicator is not None:
             self._communicator.close()
             _C.unregister(self.name)
