@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -202,6 +203,62 @@ def fails_in_many_ways(group: Group) -> None:
 
 def test_late_aborting_and_leaving_ranks_are_named(worlds: dict[int, World]) -> None:
     worlds[2].run(fails_in_many_ways)
+
+
+def is_watched_while_it_waits(group: Group) -> list[float]:
+    """Seconds that each look took, from another thread and from a signal handler."""
+    fresh = tp.current_group(dist.new_group())
+    fresh.barrier()
+    took: list[float] = []
+    if group.rank == 1:
+        time.sleep(1.2)
+        fresh.barrier()
+        return took
+
+    def look(*_: object) -> None:
+        start = time.monotonic()
+        assert fresh.stats()["collectives"] == 2
+        assert [line[1] for line in fresh.op_log()] == ["barrier"] * 2
+        took.append(time.monotonic() - start)
+
+    def handler(*_: object) -> None:
+        look()
+        fresh.check()
+        with pytest.raises(tp.TensorParallelError, match="was called by a signal handler while"):
+            fresh.barrier()
+
+    watcher = threading.Timer(0.3, look)
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.6)
+    watcher.start()
+    try:
+        fresh.barrier()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        watcher.join()
+    return took
+
+
+def closes_in_a_handler(group: Group) -> str:
+    fresh = tp.current_group(dist.new_group())
+    fresh.barrier()
+    before = signal.signal(signal.SIGALRM, lambda *_: fresh.close())
+    if group.rank == 0:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+    else:
+        time.sleep(1.0)
+    with pytest.raises(tp.TensorParallelError) as info:
+        fresh.barrier()
+    signal.signal(signal.SIGALRM, before)
+    return str(info.value)
+
+
+def test_a_waiting_group_is_watched_and_closed_from_elsewhere(worlds: dict[int, World]) -> None:
+    took, _ = worlds[2].run(is_watched_while_it_waits, deadline_s=20)
+    assert len(took) == 2 and max(took) < 0.5
+    for text in worlds[2].run(closes_in_a_handler, deadline_s=20):
+        assert "rank 0 closed the group while one of its threads was in a collective" in text
 
 
 def test_a_forked_child_is_refused_and_does_no_harm(worlds: dict[int, World]) -> None:

@@ -18,22 +18,32 @@ BoardCommunicator::BoardCommunicator(Identity identity, std::shared_ptr<Board> b
 
 void BoardCommunicator::collective(const Signature& signature, int64_t bytes, double timeout_s,
                                    const std::function<void()>& body) {
-  TPN_CHECK(!is_forked_child(), "group ", identity_.name,
-            " was made before fork(): a forked child cannot use it; make the child first, or use "
-            "spawn");
+  check_not_forked();  // before the lock, which another thread may have held at the fork
+  TPN_CHECK(!busy_thread_.is_this(), name(signature.op),
+            " was called by a signal handler while this thread is in a collective of group ",
+            identity_.name, ": set a flag there and look at it between steps");
   std::lock_guard lock(mutex_);
   struct Current {  // while it is set, failures name this operation
-    const Signature*& current;
-    ~Current() { current = nullptr; }
-  } const current{current_ = &signature};
+    BoardCommunicator& self;
+    ~Current() {
+      self.current_ = nullptr;
+      self.busy_thread_.leave();
+    }
+  } const current{*this};
+  current_ = &signature;
+  busy_thread_.enter();
   timeout_s_ = timeout_s > 0 ? timeout_s : identity_.timeout_s;
   waited_s_ = 0;
   next_warning_s_ = kWarnSeconds;
   ++seq_;
   check_usable();
-  stats_.collectives += 1;
-  stats_.bytes += static_cast<uint64_t>(bytes);
-  log_[seq_ % log_.size()] = {seq_, signature.op, signature.dtype, hash_signature(signature)};
+  collectives_.fetch_add(1, std::memory_order_relaxed);
+  bytes_.fetch_add(static_cast<uint64_t>(bytes), std::memory_order_relaxed);
+  {
+    std::lock_guard record(record_mutex_);
+    log_[logged_++ % log_.size()] = {seq_, signature.op, signature.dtype,
+                                     hash_signature(signature)};
+  }
   board_->set_status(signature.op, seq_, true);
   try {
     body();
@@ -52,7 +62,10 @@ void BoardCommunicator::collective(const Signature& signature, int64_t bytes, do
     record.op = name(signature.op);
     record.seq = seq_;
     record.message = verdict.text;
-    failure_ = std::move(record);
+    {
+      std::lock_guard kept(record_mutex_);
+      failure_ = std::move(record);
+    }
     drop();
     throw;
   }
@@ -84,6 +97,12 @@ void BoardCommunicator::poll(double waited_s) {
   }
 }
 
+void BoardCommunicator::check_not_forked() const {
+  TPN_CHECK(!is_forked_child(), "group ", identity_.name,
+            " was made before fork(): a forked child cannot use it; make the child first, or use "
+            "spawn");
+}
+
 void BoardCommunicator::check_usable() {
   if (failure_) raise(*failure_);
   TPN_CHECK(!is_closed_ && !is_closing_.load(std::memory_order_acquire), "group ", identity_.name,
@@ -106,7 +125,10 @@ void BoardCommunicator::raise_verdict(const Verdict& verdict) {
   record.message = concat("rank ", identity_.rank, " in ", describe_current(), ": ", verdict.text);
   if (verdict.kind != FailureKind::kError)
     record.message += "; the group is unusable now, start its ranks again";
-  failure_ = record;
+  {
+    std::lock_guard kept(record_mutex_);
+    failure_ = record;
+  }
   drop();
   raise(std::move(record));
 }
@@ -124,6 +146,9 @@ void BoardCommunicator::abort(const std::string& reason) {
 void BoardCommunicator::close() {
   if (is_forked_child()) return;                       // it would leave in its parent's name
   is_closing_.store(true, std::memory_order_release);  // sends away a thread that waits
+  if (busy_thread_.is_any()) interrupt();
+  if (busy_thread_.is_this())
+    return;  // the wait below this handler ends the group; then close() comes again
   {
     std::lock_guard lock(mutex_);
     if (std::exchange(is_closed_, true)) return;
@@ -133,21 +158,24 @@ void BoardCommunicator::close() {
 }
 
 Stats BoardCommunicator::stats() const {
-  std::lock_guard lock(mutex_);
-  return stats_;
+  Stats stats;
+  stats.collectives = collectives_.load(std::memory_order_relaxed);
+  stats.bytes = bytes_.load(std::memory_order_relaxed);
+  return stats;
 }
 
 std::vector<LogEntry> BoardCommunicator::op_log() const {
-  std::lock_guard lock(mutex_);
+  if (is_forked_child()) return {};  // another thread may have held the lock at the fork
+  std::lock_guard lock(record_mutex_);
   std::vector<LogEntry> entries;
-  const uint64_t kept = std::min<uint64_t>(seq_, log_.size());
-  for (uint64_t seq = seq_ - kept + 1; seq <= seq_; ++seq)
-    entries.push_back(log_[seq % log_.size()]);
+  for (uint64_t i = logged_ - std::min<uint64_t>(logged_, log_.size()); i < logged_; ++i)
+    entries.push_back(log_[i % log_.size()]);
   return entries;
 }
 
 std::optional<FailureRecord> BoardCommunicator::failure() const {
-  std::lock_guard lock(mutex_);
+  if (is_forked_child()) return std::nullopt;
+  std::lock_guard lock(record_mutex_);
   return failure_;
 }
 

@@ -111,11 +111,11 @@ void HostCommunicator::collective(const Signature& signature, int64_t bytes, dou
     HostCommunicator& self;
     ~Current() {
       self.current_ = nullptr;
-      self.busy_thread_.store({}, std::memory_order_relaxed);
+      self.busy_thread_.leave();
     }
   } const current{*this};
   current_ = &signature;
-  busy_thread_.store(::pthread_self(), std::memory_order_relaxed);
+  busy_thread_.enter();
   timeout_s_ = timeout_s > 0 ? timeout_s : identity_.timeout_s;
   wait_started_s_ = 0;
   is_inline_ = false;

@@ -99,6 +99,17 @@ TwoLevel::~TwoLevel() {
   if (!is_forked_child()) close();
 }
 
+/// The waits are those of the levels, which know nothing of this group's end.
+void TwoLevel::interrupt() noexcept {
+  try {
+    (void)board().claim({FailureKind::kAborted, identity_.rank,
+                         concat("rank ", identity_.rank,
+                                " closed the group while one of its threads was in a collective")});
+  } catch (const std::exception&) {
+    // out of memory: the wait ends at its deadline
+  }
+}
+
 void TwoLevel::release() noexcept {
   intra_->close();
   if (inter_) inter_->close();

@@ -35,6 +35,7 @@ class TwoLevel final : public BoardCommunicator {
  protected:
   std::optional<Verdict> explain() override;
   void drop() noexcept override {}  // the verdict has aborted both levels
+  void interrupt() noexcept override;
   void release() noexcept override;
 
  private:

@@ -294,6 +294,26 @@ TEST(abort_and_leaving_end_every_rank_of_every_host) {
   }
 }
 
+TEST(a_waiting_rank_is_watched_and_closed_by_another_thread) {
+  const Ranks ranks = make({2, 2});
+  const auto start = std::chrono::steady_clock::now();
+  const auto failures = run(ranks, [&](Communicator& c) {
+    if (c.identity().rank != 1) return c.barrier(0, {});
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    CHECK_EQ(ranks[0]->stats().collectives, uint64_t{1});
+    CHECK_EQ(ranks[0]->op_log().size(), size_t{1});
+    CHECK(!ranks[0]->failure());
+    ranks[0]->close();
+    c.barrier(0, {});
+  });
+  CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(5));
+  for (const FailureRecord& failure : failures) {
+    CHECK(failure.kind == FailureKind::kAborted);
+    CHECK_EQ(failure.peer, 0);
+    CHECK(failure.message.find("rank 0 closed the group while") != std::string::npos);
+  }
+}
+
 TEST(a_late_rank_is_named_though_its_leader_is_late_with_it) {
   const Ranks ranks = make({2, 2}, 0.3);
   const auto failures = run(ranks, [](Communicator& c) {
