@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import signal
 import socket
 import threading
@@ -203,6 +204,21 @@ def fails_in_many_ways(group: Group) -> None:
 
 def test_late_aborting_and_leaving_ranks_are_named(worlds: dict[int, World]) -> None:
     worlds[2].run(fails_in_many_ways)
+
+
+def meets_as_a_slice_runs_out(group: Group) -> float:
+    """The transport's waits are slices of 20 ms: rank 1 comes just then."""
+    draw = random.Random(0)
+    t = torch.ones(3)
+    for _ in range(150):
+        if group.rank == 1:
+            time.sleep(0.0195 + draw.random() * 0.0015)
+        group.all_reduce_(t, "avg")
+    return float(t.sum())
+
+
+def test_a_transfer_that_ends_with_a_slice_is_no_failure(worlds: dict[int, World]) -> None:
+    assert worlds[2].run(meets_as_a_slice_runs_out) == [3.0, 3.0]
 
 
 def is_watched_while_it_waits(group: Group) -> list[float]:

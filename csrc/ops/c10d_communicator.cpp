@@ -162,13 +162,16 @@ void C10dCommunicator::run(Exchange& exchange) {
 void C10dCommunicator::wait(const c10::intrusive_ptr<c10d::Work>& work) {
   const auto start = Clock::now();
   for (;;) {
+    // a slice may run out just before the work ends well: only what a wait that began after the end
+    // throws is about the work
+    const bool was_completed = work->isCompleted();
     try {
       work->wait(kSlice);
       return;
     } catch (const std::exception& error) {
-      if (work->isCompleted()) lose_peer(error.what());
+      if (was_completed) lose_peer(error.what());
     }
-    poll(std::chrono::duration<double>(Clock::now() - start).count());
+    if (!work->isCompleted()) poll(std::chrono::duration<double>(Clock::now() - start).count());
   }
 }
 
