@@ -2,6 +2,7 @@
 #include "comm/board_communicator.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "comm/signature.h"
 #include "core/callbacks.h"
@@ -48,28 +49,28 @@ void BoardCommunicator::collective(const Signature& signature, int64_t bytes, do
   try {
     body();
   } catch (...) {
-    if (failure_) throw;
-    const std::optional<Verdict> reason = explain();
-    if (reason && !(reason->kind == FailureKind::kInterrupted && reason->culprit == identity_.rank))
-      fail_group(*reason);
-    // a signal handler of this process raised while it waited: its own exception goes on
-    const Verdict verdict{FailureKind::kInterrupted, identity_.rank,
-                          concat("rank ", identity_.rank, " was interrupted by a signal")};
-    board_->claim(verdict);
-    FailureRecord record;
-    record.kind = verdict.kind;
-    record.rank = record.peer = identity_.rank;
-    record.op = name(signature.op);
-    record.seq = seq_;
-    record.message = verdict.text;
-    {
-      std::lock_guard kept(record_mutex_);
-      failure_ = std::move(record);
-    }
-    drop();
+    if (!failure_) fail_own(std::current_exception());
     throw;
   }
   board_->set_status(signature.op, seq_, false);
+}
+
+/// The body threw and has not failed the group; returns where that exception is to go on.
+void BoardCommunicator::fail_own(const std::exception_ptr& thrown) {
+  Verdict verdict{FailureKind::kError, identity_.rank,
+                  concat("rank ", identity_.rank, " failed: ", text_of(thrown))};
+  if (is_interrupted_) {
+    verdict.kind = FailureKind::kInterrupted;
+    verdict.text = concat("rank ", identity_.rank, " was interrupted by a signal");
+  } else if (const std::optional<Verdict> reason = explain()) {
+    const bool is_own =
+        reason->culprit == identity_.rank &&
+        (reason->kind == FailureKind::kInterrupted || reason->kind == FailureKind::kError);
+    if (!is_own) fail_group(*reason);
+    verdict = *reason;
+  }
+  const Verdict held = board_->claim(verdict);  // perhaps somebody else's
+  keep(record_of(held));
 }
 
 void BoardCommunicator::poll(double waited_s) {
@@ -82,7 +83,11 @@ void BoardCommunicator::poll(double waited_s) {
   }
   if (const int left = board_->left_before(seq_); left >= 0)
     fail_group({FailureKind::kPeerLost, left, concat("rank ", left, " left the group")});
-  if (callbacks().check_signals) callbacks().check_signals();
+  if (callbacks().check_signals) {
+    is_interrupted_ = true;  // if it throws
+    callbacks().check_signals();
+    is_interrupted_ = false;
+  }
   if (waited_s >= timeout_s_) {
     const Late late = find_late(board_->call_roll(), seq_);
     fail_group({FailureKind::kTimeout, late.culprit,
@@ -115,24 +120,36 @@ void BoardCommunicator::fail_group(const Verdict& verdict) {
 }
 
 void BoardCommunicator::raise_verdict(const Verdict& verdict) {
+  FailureRecord record = record_of(verdict);
+  keep(record);
+  raise(std::move(record));
+}
+
+FailureRecord BoardCommunicator::record_of(const Verdict& verdict) const {
   FailureRecord record;
   record.kind = verdict.kind;
   record.rank = identity_.rank;
   record.peer = verdict.culprit < identity_.size ? verdict.culprit : -1;
-  record.op = name(current_->op);
+  record.op = current_ ? name(current_->op) : "no operation";
   record.seq = seq_;
   record.elapsed_s = waited_s_;
-  record.message = concat("rank ", identity_.rank, " in ", describe_current(), ": ", verdict.text);
+  record.message =
+      current_ ? concat("rank ", identity_.rank, " in ", describe_current(), ": ", verdict.text)
+               : concat("rank ", identity_.rank, " of group ", identity_.name, ": ", verdict.text);
   if (verdict.kind != FailureKind::kError)
     record.message += "; the group is unusable now, start its ranks again";
-  {
-    std::lock_guard kept(record_mutex_);
-    failure_ = record;
-  }
-  drop();
-  raise(std::move(record));
+  return record;
 }
 
+void BoardCommunicator::keep(FailureRecord record) {
+  {
+    std::lock_guard lock(record_mutex_);
+    failure_ = std::move(record);
+  }
+  drop();
+}
+
+/// Of the operation that runs: current_ is set.
 std::string BoardCommunicator::describe_current() const {
   return concat(describe(*current_), " #", seq_);
 }
@@ -141,6 +158,22 @@ void BoardCommunicator::abort(const std::string& reason) {
   if (is_forked_child()) return;
   board_->claim({FailureKind::kAborted, identity_.rank,
                  concat("rank ", identity_.rank, " aborted the group: ", reason)});
+}
+
+void BoardCommunicator::check() {
+  check_not_forked();
+  if (busy_thread_.is_this()) return;
+  std::lock_guard lock(mutex_);
+  waited_s_ = 0;
+  check_usable();
+  try {
+    check_levels();
+  } catch (...) {
+    if (const auto reason = explain(); reason && !failure_) fail_group(*reason);
+    throw;
+  }
+  if (const int left = board_->left_before(std::numeric_limits<uint64_t>::max()); left >= 0)
+    fail_group({FailureKind::kPeerLost, left, concat("rank ", left, " left the group")});
 }
 
 void BoardCommunicator::close() {
@@ -161,6 +194,7 @@ Stats BoardCommunicator::stats() const {
   Stats stats;
   stats.collectives = collectives_.load(std::memory_order_relaxed);
   stats.bytes = bytes_.load(std::memory_order_relaxed);
+  stats.late_share.resize(static_cast<size_t>(identity_.size));  // nobody's arrival is noted
   return stats;
 }
 

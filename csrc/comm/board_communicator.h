@@ -4,6 +4,7 @@
 #pragma once
 
 #include <atomic>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -19,6 +20,7 @@ class BoardCommunicator : public Communicator {
  public:
   Block allocate(int64_t) override { return {}; }
   void abort(const std::string& reason) override;
+  void check() override;
   void close() override;
   Stats stats() const override;
   std::vector<LogEntry> op_log() const override;
@@ -35,8 +37,10 @@ class BoardCommunicator : public Communicator {
   void poll(double waited_s);
   [[noreturn]] void fail_group(const Verdict& verdict);
 
-  /// Why the body threw, where it knows better than "a signal handler raised".
+  /// Why the body threw, where that is known better than from its exception.
   virtual std::optional<Verdict> explain() { return std::nullopt; }
+  /// check() of what this one is made of: throws what explain() then translates.
+  virtual void check_levels() {}
   /// The group has failed: nothing may stay pending.
   virtual void drop() noexcept = 0;
   /// close() was called while a collective runs, perhaps by a signal handler inside it: poll() ends
@@ -54,6 +58,9 @@ class BoardCommunicator : public Communicator {
   void check_not_forked() const;
   void check_usable();
   [[noreturn]] void raise_verdict(const Verdict& verdict);
+  void fail_own(const std::exception_ptr& thrown);
+  FailureRecord record_of(const Verdict& verdict) const;
+  void keep(FailureRecord record);
   std::string describe_current() const;
 
   Owner owner_;
@@ -65,6 +72,7 @@ class BoardCommunicator : public Communicator {
   double waited_s_ = 0;
   double next_warning_s_ = 0;
   uint64_t seq_ = 0;
+  bool is_interrupted_ = false;  ///< a signal handler raised
   bool is_closed_ = false;
 
   mutable std::mutex record_mutex_;  ///< never held for long; both are for readers without mutex_

@@ -167,6 +167,7 @@ class HostCommunicator final : public Communicator {
   std::atomic<uint64_t> staged_{0};
   std::atomic<float> late_share_[kMaxRanks] = {};
   std::atomic<bool> is_closing_{false};
+  bool is_interrupted_ = false;  ///< a signal handler raised; guarded by the mutex
   bool is_closed_ = false;
 };
 

@@ -35,7 +35,8 @@ Signature summed(Signature s) {
 /// What the inner communicator found, without its own frame: "rank 0 in all_reduce(...) #7: ..."
 std::string inner_text(const std::string& message) {
   size_t begin = 0;
-  const size_t number = message.find(" #");
+  size_t number = message.find(" #");
+  if (number == std::string::npos) number = message.find(" of group ");  // outside any operation
   const size_t colon = number == std::string::npos ? number : message.find(": ", number);
   if (colon != std::string::npos) begin = colon + 2;
   const size_t end = message.rfind("; the group is unusable now");
@@ -287,6 +288,11 @@ void TwoLevel::barrier(double timeout_s, Stream stream) {
 }
 
 // ---- failures
+
+void TwoLevel::check_levels() {
+  intra_->check();
+  if (inter_) inter_->check();
+}
 
 std::optional<Verdict> TwoLevel::explain() {
   if (const auto verdict = board().verdict()) return verdict;

@@ -34,6 +34,7 @@ class TwoLevel final : public BoardCommunicator {
 
  protected:
   std::optional<Verdict> explain() override;
+  void check_levels() override;
   void drop() noexcept override {}  // the verdict has aborted both levels
   void interrupt() noexcept override;
   void release() noexcept override;

@@ -45,7 +45,13 @@ class MemoryBoard final : public Board {
     std::lock_guard lock(shared_->mutex);
     return shared_->verdict;
   }
-  int left_before(uint64_t) const override { return -1; }
+  int left_before(uint64_t seq) const override {
+    std::lock_guard lock(shared_->mutex);
+    for (size_t r = 0; r < shared_->ranks.size(); ++r) {
+      if (shared_->ranks[r].has_left && shared_->ranks[r].seq < seq) return static_cast<int>(r);
+    }
+    return -1;
+  }
   void set_status(OpCode op, uint64_t seq, bool is_inside) override {
     std::lock_guard lock(shared_->mutex);
     shared_->ranks[rank_] = {true, false, is_inside, op, seq};
@@ -61,6 +67,7 @@ class MemoryBoard final : public Board {
   void leave() override {
     std::lock_guard lock(shared_->mutex);
     shared_->listeners[rank_] = nullptr;
+    shared_->ranks[rank_].has_left = true;
   }
 
  private:
@@ -311,6 +318,42 @@ TEST(a_waiting_rank_is_watched_and_closed_by_another_thread) {
     CHECK(failure.kind == FailureKind::kAborted);
     CHECK_EQ(failure.peer, 0);
     CHECK(failure.message.find("rank 0 closed the group while") != std::string::npos);
+  }
+}
+
+TEST(what_a_rank_throws_itself_reaches_the_others_in_its_words) {
+  const Ranks ranks = make({2, 2});
+  const auto failures = run(ranks, [](Communicator& c) {
+    if (c.identity().rank != 3) return c.barrier(0, {});
+    const std::vector<int64_t> counts(4, int64_t{1} << 60);  // no memory holds the sum
+    const int64_t shape[] = {int64_t{1} << 62};
+    c.reduce_scatter({.op = OpCode::kReduceScatter, .shape = shape, .sizes = counts}, nullptr,
+                     nullptr, counts, {});
+  });
+  CHECK(!failures[3].message.empty());
+  for (size_t r = 0; r < 3; ++r) {
+    CHECK(failures[r].kind == FailureKind::kError);
+    CHECK_EQ(failures[r].peer, 3);
+    CHECK(failures[r].message.find("rank 3 failed: " + failures[3].message) != std::string::npos);
+  }
+  CHECK(ranks[3]->failure()->kind == FailureKind::kError);
+}
+
+TEST(a_check_between_collectives_tells_of_a_rank_that_left_any_host) {
+  const Ranks ranks = make({2, 2});
+  run_clean(ranks, [](Communicator& c) {
+    c.barrier(0, {});
+    c.check();
+    c.barrier(0, {});
+  });
+  CHECK_EQ(ranks[0]->stats().late_share.size(), size_t{4});
+  ranks[3]->close();
+  for (size_t r = 0; r < 3; ++r) {
+    const auto failures = run({ranks[r]}, [](Communicator& c) { c.check(); });
+    CHECK(failures[0].kind == FailureKind::kPeerLost);
+    CHECK_EQ(failures[0].peer, 3);
+    CHECK(failures[0].message.find("rank 3 left the group") != std::string::npos ||
+          failures[0].message.find("rank 3 (pid ") != std::string::npos);
   }
 }
 
