@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
+import re
 import signal
 import socket
 import threading
@@ -26,6 +28,7 @@ from test_collectives import (
 )
 from test_faults import call, child_after_fork, loops_until_told, warm_up
 from tp_native import c10d
+from tp_native.config import TensorParallelConfig
 from tp_native.group import Group
 
 pytestmark = pytest.mark.timeout(60)
@@ -88,6 +91,64 @@ def test_any_layout_and_uneven_shares(worlds: dict[int, World], size: int) -> No
     worlds[size].run(reduces_any_layout)
     for dtype in (torch.float32, torch.bfloat16, torch.int64, torch.bool):
         worlds[size].run(gathers_and_scatters, dtype)
+
+
+def listening_addresses(port: str) -> list[str]:
+    """Of this machine's TCP listeners on ``port``, as the kernel writes them."""
+    found = []
+    for table in ("tcp", "tcp6"):
+        with open(f"/proc/net/{table}") as file:
+            for line in file.readlines()[1:]:
+                address, told = line.split()[1].split(":")
+                if int(told, 16) == int(port) and line.split()[3] == "0A":
+                    found.append(address)
+    return found
+
+
+def config_and_port(group: Group) -> tuple[TensorParallelConfig, str]:
+    return group.config, os.environ["MASTER_PORT"]
+
+
+def test_the_store_listens_on_the_master_address_alone(worlds: dict[int, World]) -> None:
+    found = worlds[2].run(config_and_port)
+    assert listening_addresses(found[0][1]) == ["0100007F"]
+    assert [(c.rank, c.local_rank, c.local_world_size) for c, _ in found] == [(0, 0, 2), (1, 1, 2)]
+    assert {(c.world_size, c.backend, c.init_timeout_s) for c, _ in found} == {(2, "c10d", 60.0)}
+
+
+def test_names_and_foreign_addresses_are_listened_on_everywhere() -> None:
+    assert c10d.listener("192.0.2.1", 0) is None  # TEST-NET-1: nobody's
+    for host in ("127.0.0.1", "localhost"):
+        held = c10d.listener(host, 0)
+        assert held is not None and held.getsockname()[0] in ("127.0.0.1", "::1")
+        with held, pytest.MonkeyPatch.context() as patch:
+            address = (held.family, held.type, held.proto, "", held.getsockname())
+            patch.setattr(socket, "getaddrinfo", lambda *_, **__: [address])
+            assert c10d.listener("this-machine", 0) is None  # others take it for another address
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"), [(0, r"ranks missing: \[1\] of 2"), (1, r"ranks missing: \[0\] of 2")]
+)
+def test_a_missing_rank_is_named_at_the_deadline(rank: int, message: str) -> None:
+    env = {"MASTER_PORT": free_port(), "GLOO_SOCKET_IFNAME": "lo"}
+    world = World(2, env=[env], ranks=[rank], backend="c10d", init_timeout_s=1.0)
+    try:
+        world.start(warm_up)
+        outcome = world.outcomes(20)[0]
+        assert outcome is not None and isinstance(outcome.error, tp.TensorParallelError)
+        assert re.search(message, str(outcome.error)), outcome.error
+    finally:
+        world.kill()
+
+
+@pytest.mark.parametrize("timeout_s", [float("inf"), 1e17])
+def test_no_timeout_is_too_long(timeout_s: float) -> None:
+    world = world_over_gloo(2, timeout_s=timeout_s, init_timeout_s=timeout_s)
+    try:
+        world.run(replicated_bits)
+    finally:
+        world.kill()
 
 
 def layers_equal_dense(group: Group) -> None:
@@ -275,6 +336,29 @@ def test_a_waiting_group_is_watched_and_closed_from_elsewhere(worlds: dict[int, 
     assert len(took) == 2 and max(took) < 0.5
     for text in worlds[2].run(closes_in_a_handler, deadline_s=20):
         assert "rank 0 closed the group while one of its threads was in a collective" in text
+
+
+def checks_between_collectives(group: Group) -> None:
+    fresh = tp.current_group(dist.new_group())
+    fresh.barrier()
+    fresh.check()
+    assert fresh.stats()["late_share"] == [0.0, 0.0]
+    group.barrier()
+    if group.rank == 1:
+        fresh.close()
+        return
+    with pytest.raises(tp.PeerLostError, match="rank 1 left the group") as info:
+        end = time.monotonic() + 5
+        while time.monotonic() < end:
+            fresh.check()
+            time.sleep(0.01)
+    assert info.value.peer == 1
+    with pytest.raises(tp.PeerLostError, match="rank 1 left the group"):
+        fresh.barrier()
+
+
+def test_check_tells_of_a_rank_that_left(worlds: dict[int, World]) -> None:
+    worlds[2].run(checks_between_collectives, deadline_s=20)
 
 
 def test_a_forked_child_is_refused_and_does_no_harm(worlds: dict[int, World]) -> None:

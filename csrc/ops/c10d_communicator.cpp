@@ -49,6 +49,11 @@ constexpr int64_t kInlineBytes = 4096;  // one network packet or three; Gloo's l
 constexpr int64_t kFrameBytes = kHeaderBytes + kInlineBytes;
 static_assert(sizeof(Header) <= kHeaderBytes);
 
+/// Torch adds it to a time in nanoseconds: three years are as good as for ever.
+milliseconds gloo_timeout(double timeout_s) {
+  return milliseconds(static_cast<int64_t>(1e3 * std::min(timeout_s + kGlooGraceS, 1e8)));
+}
+
 bool fits(int64_t bytes) { return bytes <= kInlineBytes; }
 
 const char* at(const void* base, int64_t bytes) { return static_cast<const char*>(base) + bytes; }
@@ -145,7 +150,7 @@ C10dCommunicator::Exchange C10dCommunicator::prepare(std::vector<int64_t> send_b
 /// (3 ranks on loopback: 0.5 ms, all_gather 1.8 ms).
 void C10dCommunicator::run(Exchange& exchange) {
   c10d::AllToAllOptions options;
-  options.timeout = milliseconds(static_cast<int64_t>(1e3 * (timeout_s() + kGlooGraceS)));
+  options.timeout = gloo_timeout(timeout_s());
   try {
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wdeprecated-declarations"  // its new name is not in torch 2.11
@@ -398,7 +403,7 @@ void C10dCommunicator::broadcast(const Signature& s, void* data, int64_t count, 
     if (is_root) copy(whole[0].mutable_data_ptr(), data, bytes);
     c10d::BroadcastOptions options;
     options.rootRank = s.root;
-    options.timeout = milliseconds(static_cast<int64_t>(1e3 * (timeout_s() + kGlooGraceS)));
+    options.timeout = gloo_timeout(timeout_s());
     try {
       pending_ = group_->broadcast(whole, options);
     } catch (const std::exception& error) {
