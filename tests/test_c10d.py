@@ -27,6 +27,7 @@ from test_collectives import (
     replicated_bits,
 )
 from test_faults import call, child_after_fork, loops_until_told, warm_up
+from test_nn import adds_and_normalises
 from tp_native import c10d
 from tp_native.config import TensorParallelConfig
 from tp_native.group import Group
@@ -121,10 +122,13 @@ def test_names_and_foreign_addresses_are_listened_on_everywhere() -> None:
     for host in ("127.0.0.1", "localhost"):
         held = c10d.listener(host, 0)
         assert held is not None and held.getsockname()[0] in ("127.0.0.1", "::1")
-        with held, pytest.MonkeyPatch.context() as patch:
-            address = (held.family, held.type, held.proto, "", held.getsockname())
-            patch.setattr(socket, "getaddrinfo", lambda *_, **__: [address])
-            assert c10d.listener("this-machine", 0) is None  # others take it for another address
+        held.close()
+
+
+def test_a_name_for_this_machine_alone_is_no_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    loopback = (socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.1.1", 0))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [loopback])
+    assert c10d.listener("this-machine", 0) is None
 
 
 @pytest.mark.parametrize(
@@ -207,6 +211,8 @@ def groups_of_torch(group: Group) -> None:
 def test_process_groups_and_meshes_stand_for_groups(worlds: dict[int, World], size: int) -> None:
     worlds[size].run(groups_of_torch)
     worlds[size].run(layers_equal_dense)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        worlds[size].run(adds_and_normalises, dtype)
 
 
 UNLIKE = [

@@ -20,6 +20,7 @@ from oracle import rank_data, reduce_in_rank_order
 from test_c10d import free_port
 from test_collectives import gathers_and_scatters
 from test_faults import loops_until_told, warm_up
+from test_nn import adds_and_normalises
 from tp_native.group import Group
 
 pytestmark = pytest.mark.timeout(60)
@@ -51,14 +52,19 @@ def works_over_hosts(group: Group, sizes: list[int]) -> tuple[str, list[bytes]]:
         for count in (0, 5, 3001, 70001):
             parts = [rank_data((count,), dtype, r) for r in range(group.size)]
             ends = [sum(sizes[: h + 1]) for h in range(len(sizes))]
+            wide = torch.float32 if dtype == torch.bfloat16 else dtype
             hosts = [
-                reduce_in_rank_order(parts[end - n : end])
+                reduce_in_rank_order([part.to(wide) for part in parts[end - n : end]])
                 for n, end in zip(sizes, ends, strict=True)
             ]
             mine = group.all_reduce_(parts[group.rank].clone())
-            assert torch.equal(mine, reduce_in_rank_order(hosts)), (dtype, count)
+            assert torch.equal(mine, reduce_in_rank_order(hosts).to(dtype)), (dtype, count)
             bits.append(mine.view(torch.uint8).numpy().tobytes())
+    large = torch.full((5,), 40000.0, dtype=torch.float16)
+    assert torch.equal(group.all_reduce_(large.clone(), "avg"), large)  # their sum is none
     gathers_and_scatters(group, torch.int64)
+    for dtype in (torch.float32, torch.bfloat16):
+        adds_and_normalises(group, dtype)
     layer = tp.RowParallelLinear(10, 6, group=group).double()
     dense = torch.nn.Linear(10, 6).double()
     with torch.no_grad():

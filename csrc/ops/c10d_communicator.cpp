@@ -12,6 +12,7 @@
 #include <cstring>
 #include <numeric>
 
+#include "comm/epilogue.h"
 #include "comm/registry.h"
 #include "comm/signature.h"
 #include "comm/two_level.h"
@@ -93,12 +94,6 @@ void check_can_reduce(const Signature& s) {
   TPN_CHECK(kernels::can_reduce(s.dtype, s.reduce), comm::name(s.op), ": ", name(s.dtype),
             " cannot be reduced (", name(s.reduce),
             "): expected float32, float64, float16 or bfloat16");
-}
-
-void check_epilogue(const Signature& s, const Epilogue& epilogue) {
-  TPN_CHECK(!epilogue.residual && !epilogue.norm_weight, comm::name(s.op),
-            ": a residual or a norm cannot join the reduction over torch.distributed: add it "
-            "after");
 }
 
 }  // namespace
@@ -206,13 +201,14 @@ C10dCommunicator::Exchange C10dCommunicator::meet(const Signature& s, const void
   auto* const header = new (mine) Header{};
   header->fingerprint = comm::mix(comm::mix(comm::hash_signature(s), group_hash_), seq());
   header->seq = seq();
-  header->op = static_cast<uint8_t>(s.op);
-  header->dtype = static_cast<uint8_t>(s.dtype);
-  header->reduce = static_cast<uint8_t>(s.reduce);
-  header->root = static_cast<int8_t>(s.root);
-  header->dim = static_cast<int8_t>(s.dim);
-  header->dims = static_cast<uint8_t>(std::min<size_t>(s.shape.size(), kMaxDims));
-  std::copy_n(s.shape.begin(), header->dims, header->shape);
+  const Signature& told = comm::named(s);
+  header->op = static_cast<uint8_t>(told.op);
+  header->dtype = static_cast<uint8_t>(told.dtype);
+  header->reduce = static_cast<uint8_t>(told.reduce);
+  header->root = static_cast<int8_t>(told.root);
+  header->dim = static_cast<int8_t>(told.dim);
+  header->dims = static_cast<uint8_t>(std::min<size_t>(told.shape.size(), kMaxDims));
+  std::copy_n(told.shape.begin(), header->dims, header->shape);
   if (payload && fits(bytes)) copy(mine + kHeaderBytes, payload, bytes);
   for (int r = 0; r < size; ++r) {
     if (r != me) copy(exchange.to(r), mine, kFrameBytes);
@@ -255,7 +251,6 @@ void C10dCommunicator::drop() noexcept {
 void C10dCommunicator::all_reduce(const Signature& s, const void* in, void* out, int64_t count,
                                   const Epilogue& epilogue, Stream) {
   check_can_reduce(s);
-  check_epilogue(s, epilogue);
   const int me = identity_.rank;
   const int size = identity_.size;
   const auto width = static_cast<int64_t>(item_bytes(s.dtype));
@@ -271,7 +266,10 @@ void C10dCommunicator::all_reduce(const Signature& s, const void* in, void* out,
   };
   collective(s, bytes, 0, [&] {
     const Exchange frames = meet(s, in, bytes);
-    if (fits(bytes)) return sum(frames, kHeaderBytes, in, out, count, 0);
+    if (fits(bytes)) {
+      sum(frames, kHeaderBytes, in, out, count, 0);
+      return comm::add_residual_and_norm(s.dtype, epilogue, out, count);
+    }
     const std::vector<int64_t> slice = slices_of(count, width, size);
     const std::vector<int64_t> mine(static_cast<size_t>(size), slice[me]);
     const int64_t begin = sum_to(slice, me);
@@ -291,6 +289,7 @@ void C10dCommunicator::all_reduce(const Signature& s, const void* in, void* out,
     for (int r = 0; r < size; ++r) {
       if (r != me) copy(at(out, sum_to(slice, r)), sums.from(r), slice[r]);
     }
+    comm::add_residual_and_norm(s.dtype, epilogue, out, count);
   });
 }
 
