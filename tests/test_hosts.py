@@ -107,6 +107,38 @@ def test_uneven_hosts_compute_like_one_and_a_killed_leader_is_named() -> None:
         world.kill()
 
 
+def closes_in_a_handler(group: Group) -> tuple[str, float]:
+    """What a wait raises after one rank's handler has looked at the group and closed it."""
+    group.barrier()
+
+    def handler(*_: object) -> None:
+        assert group.stats()["late_share"] == [0.0] * group.size
+        group.check()
+        group.close()
+
+    before = signal.signal(signal.SIGALRM, handler)
+    if group.rank == 1:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+    elif group.rank == 0:
+        time.sleep(1.0)
+    start = time.monotonic()
+    with pytest.raises(tp.TensorParallelError) as info:
+        group.barrier()
+    signal.signal(signal.SIGALRM, before)
+    return str(info.value), time.monotonic() - start
+
+
+@pytest.mark.parametrize("sizes", [[1, 1], [2, 1]], ids=["leader", "follower"])
+def test_a_handler_closes_a_group_that_waits(sizes: list[int]) -> None:
+    world = world_of_hosts(sizes)
+    try:
+        for text, waited_s in world.run(closes_in_a_handler, deadline_s=20):
+            assert "rank 1 closed the group while one of its threads was in a collective" in text
+            assert waited_s < 5
+    finally:
+        world.kill()
+
+
 def test_a_missing_host_is_named_at_the_deadline() -> None:
     env = host_env([1, 1], MASTER_PORT=free_port())
     world = World(2, env=env[:1], ranks=[0], init_timeout_s=1.0)

@@ -110,7 +110,10 @@ def listener(host: str, port: int) -> socket.socket | None:
     on all interfaces. None where that is needed: ``host`` is not an address of this machine (a
     service's), or is a name that only this machine takes for its loopback.
     """
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError:
+        return None  # TCPStore explains
     for family, kind, protocol, _, address in found:
         is_named = host != "localhost" and host != address[0]
         if is_named and ipaddress.ip_address(str(address[0]).split("%")[0]).is_loopback:
