@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
+import random
+import re
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -23,7 +27,9 @@ from test_collectives import (
     replicated_bits,
 )
 from test_faults import call, child_after_fork, loops_until_told, warm_up
+from test_nn import adds_and_normalises
 from tp_native import c10d
+from tp_native.config import TensorParallelConfig
 from tp_native.group import Group
 
 pytestmark = pytest.mark.timeout(60)
@@ -88,6 +94,67 @@ def test_any_layout_and_uneven_shares(worlds: dict[int, World], size: int) -> No
         worlds[size].run(gathers_and_scatters, dtype)
 
 
+def listening_addresses(port: str) -> list[str]:
+    """Of this machine's TCP listeners on ``port``, as the kernel writes them."""
+    found = []
+    for table in ("tcp", "tcp6"):
+        with open(f"/proc/net/{table}") as file:
+            for line in file.readlines()[1:]:
+                address, told = line.split()[1].split(":")
+                if int(told, 16) == int(port) and line.split()[3] == "0A":
+                    found.append(address)
+    return found
+
+
+def config_and_port(group: Group) -> tuple[TensorParallelConfig, str]:
+    return group.config, os.environ["MASTER_PORT"]
+
+
+def test_the_store_listens_on_the_master_address_alone(worlds: dict[int, World]) -> None:
+    found = worlds[2].run(config_and_port)
+    assert listening_addresses(found[0][1]) == ["0100007F"]
+    assert [(c.rank, c.local_rank, c.local_world_size) for c, _ in found] == [(0, 0, 2), (1, 1, 2)]
+    assert {(c.world_size, c.backend, c.init_timeout_s) for c, _ in found} == {(2, "c10d", 60.0)}
+
+
+def test_names_and_foreign_addresses_are_listened_on_everywhere() -> None:
+    assert c10d.listener("192.0.2.1", 0) is None  # TEST-NET-1: nobody's
+    for host in ("127.0.0.1", "localhost"):
+        held = c10d.listener(host, 0)
+        assert held is not None and held.getsockname()[0] in ("127.0.0.1", "::1")
+        held.close()
+
+
+def test_a_name_for_this_machine_alone_is_no_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    loopback = (socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.1.1", 0))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [loopback])
+    assert c10d.listener("this-machine", 0) is None
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"), [(0, r"ranks missing: \[1\] of 2"), (1, r"ranks missing: \[0\] of 2")]
+)
+def test_a_missing_rank_is_named_at_the_deadline(rank: int, message: str) -> None:
+    env = {"MASTER_PORT": free_port(), "GLOO_SOCKET_IFNAME": "lo"}
+    world = World(2, env=[env], ranks=[rank], backend="c10d", init_timeout_s=1.0)
+    try:
+        world.start(warm_up)
+        outcome = world.outcomes(20)[0]
+        assert outcome is not None and isinstance(outcome.error, tp.TensorParallelError)
+        assert re.search(message, str(outcome.error)), outcome.error
+    finally:
+        world.kill()
+
+
+@pytest.mark.parametrize("timeout_s", [float("inf"), 1e17])
+def test_no_timeout_is_too_long(timeout_s: float) -> None:
+    world = world_over_gloo(2, timeout_s=timeout_s, init_timeout_s=timeout_s)
+    try:
+        world.run(replicated_bits)
+    finally:
+        world.kill()
+
+
 def layers_equal_dense(group: Group) -> None:
     rank = group.rank
     pg = dist.group.WORLD
@@ -144,6 +211,8 @@ def groups_of_torch(group: Group) -> None:
 def test_process_groups_and_meshes_stand_for_groups(worlds: dict[int, World], size: int) -> None:
     worlds[size].run(groups_of_torch)
     worlds[size].run(layers_equal_dense)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        worlds[size].run(adds_and_normalises, dtype)
 
 
 UNLIKE = [
@@ -202,6 +271,100 @@ def fails_in_many_ways(group: Group) -> None:
 
 def test_late_aborting_and_leaving_ranks_are_named(worlds: dict[int, World]) -> None:
     worlds[2].run(fails_in_many_ways)
+
+
+def meets_as_a_slice_runs_out(group: Group) -> float:
+    """The transport's waits are slices of 20 ms: rank 1 comes just then."""
+    draw = random.Random(0)
+    t = torch.ones(3)
+    for _ in range(150):
+        if group.rank == 1:
+            time.sleep(0.0195 + draw.random() * 0.0015)
+        group.all_reduce_(t, "avg")
+    return float(t.sum())
+
+
+def test_a_transfer_that_ends_with_a_slice_is_no_failure(worlds: dict[int, World]) -> None:
+    assert worlds[2].run(meets_as_a_slice_runs_out) == [3.0, 3.0]
+
+
+def is_watched_while_it_waits(group: Group) -> list[float]:
+    """Seconds that each look took, from another thread and from a signal handler."""
+    fresh = tp.current_group(dist.new_group())
+    fresh.barrier()
+    took: list[float] = []
+    if group.rank == 1:
+        time.sleep(1.2)
+        fresh.barrier()
+        return took
+
+    def look(*_: object) -> None:
+        start = time.monotonic()
+        assert fresh.stats()["collectives"] == 2
+        assert [line[1] for line in fresh.op_log()] == ["barrier"] * 2
+        took.append(time.monotonic() - start)
+
+    def handler(*_: object) -> None:
+        look()
+        fresh.check()
+        with pytest.raises(tp.TensorParallelError, match="was called by a signal handler while"):
+            fresh.barrier()
+
+    watcher = threading.Timer(0.3, look)
+    before = signal.signal(signal.SIGALRM, handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.6)
+    watcher.start()
+    try:
+        fresh.barrier()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        watcher.join()
+    return took
+
+
+def closes_in_a_handler(group: Group) -> str:
+    fresh = tp.current_group(dist.new_group())
+    fresh.barrier()
+    before = signal.signal(signal.SIGALRM, lambda *_: fresh.close())
+    if group.rank == 0:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+    else:
+        time.sleep(1.0)
+    with pytest.raises(tp.TensorParallelError) as info:
+        fresh.barrier()
+    signal.signal(signal.SIGALRM, before)
+    return str(info.value)
+
+
+def test_a_waiting_group_is_watched_and_closed_from_elsewhere(worlds: dict[int, World]) -> None:
+    took, _ = worlds[2].run(is_watched_while_it_waits, deadline_s=20)
+    assert len(took) == 2 and max(took) < 0.5
+    for text in worlds[2].run(closes_in_a_handler, deadline_s=20):
+        assert "rank 0 closed the group while one of its threads was in a collective" in text
+
+
+def checks_between_collectives(group: Group) -> None:
+    fresh = tp.current_group(dist.new_group())
+    fresh.barrier()
+    fresh.check()
+    assert fresh.stats()["late_share"] == [0.0, 0.0]
+    group.barrier()
+    if group.rank == 1:
+        fresh.close()
+        return
+    with pytest.raises(tp.PeerLostError, match="rank 1 left the group") as info:
+        end = time.monotonic() + 5
+        while time.monotonic() < end:
+            fresh.check()
+            time.sleep(0.01)
+    assert info.value.peer == 1
+    with pytest.raises(tp.PeerLostError, match="rank 1 left the group"):
+        fresh.barrier()
+
+
+def test_check_tells_of_a_rank_that_left(worlds: dict[int, World]) -> None:
+    worlds[2].run(checks_between_collectives, deadline_s=20)
 
 
 def test_a_forked_child_is_refused_and_does_no_harm(worlds: dict[int, World]) -> None:

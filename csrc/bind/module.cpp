@@ -73,7 +73,11 @@ void install(const py::object& make_error, const py::object& warn) {
 }
 
 py::dict stats_of(const Communicator& communicator) {
-  const comm::Stats stats = communicator.stats();
+  comm::Stats stats;
+  {
+    const py::gil_scoped_release released;
+    stats = communicator.stats();
+  }
   py::dict out;
   out["collectives"] = stats.collectives;
   out["bytes"] = stats.bytes;

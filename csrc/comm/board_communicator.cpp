@@ -2,6 +2,7 @@
 #include "comm/board_communicator.h"
 
 #include <algorithm>
+#include <limits>
 
 #include "comm/signature.h"
 #include "core/callbacks.h"
@@ -18,45 +19,58 @@ BoardCommunicator::BoardCommunicator(Identity identity, std::shared_ptr<Board> b
 
 void BoardCommunicator::collective(const Signature& signature, int64_t bytes, double timeout_s,
                                    const std::function<void()>& body) {
-  TPN_CHECK(!is_forked_child(), "group ", identity_.name,
-            " was made before fork(): a forked child cannot use it; make the child first, or use "
-            "spawn");
+  check_not_forked();  // before the lock, which another thread may have held at the fork
+  TPN_CHECK(!busy_thread_.is_this(), name(signature.op),
+            " was called by a signal handler while this thread is in a collective of group ",
+            identity_.name, ": set a flag there and look at it between steps");
   std::lock_guard lock(mutex_);
   struct Current {  // while it is set, failures name this operation
-    const Signature*& current;
-    ~Current() { current = nullptr; }
-  } const current{current_ = &signature};
+    BoardCommunicator& self;
+    ~Current() {
+      self.current_ = nullptr;
+      self.busy_thread_.leave();
+    }
+  } const current{*this};
+  current_ = &signature;
+  busy_thread_.enter();
   timeout_s_ = timeout_s > 0 ? timeout_s : identity_.timeout_s;
   waited_s_ = 0;
   next_warning_s_ = kWarnSeconds;
   ++seq_;
   check_usable();
-  stats_.collectives += 1;
-  stats_.bytes += static_cast<uint64_t>(bytes);
-  log_[seq_ % log_.size()] = {seq_, signature.op, signature.dtype, hash_signature(signature)};
+  collectives_.fetch_add(1, std::memory_order_relaxed);
+  bytes_.fetch_add(static_cast<uint64_t>(bytes), std::memory_order_relaxed);
+  {
+    std::lock_guard record(record_mutex_);
+    log_[logged_++ % log_.size()] = {seq_, signature.op, signature.dtype,
+                                     hash_signature(signature)};
+  }
   board_->set_status(signature.op, seq_, true);
   try {
     body();
   } catch (...) {
-    if (failure_) throw;
-    const std::optional<Verdict> reason = explain();
-    if (reason && !(reason->kind == FailureKind::kInterrupted && reason->culprit == identity_.rank))
-      fail_group(*reason);
-    // a signal handler of this process raised while it waited: its own exception goes on
-    const Verdict verdict{FailureKind::kInterrupted, identity_.rank,
-                          concat("rank ", identity_.rank, " was interrupted by a signal")};
-    board_->claim(verdict);
-    FailureRecord record;
-    record.kind = verdict.kind;
-    record.rank = record.peer = identity_.rank;
-    record.op = name(signature.op);
-    record.seq = seq_;
-    record.message = verdict.text;
-    failure_ = std::move(record);
-    drop();
+    if (!failure_) fail_own(std::current_exception());
     throw;
   }
   board_->set_status(signature.op, seq_, false);
+}
+
+/// The body threw and has not failed the group; returns where that exception is to go on.
+void BoardCommunicator::fail_own(const std::exception_ptr& thrown) {
+  Verdict verdict{FailureKind::kError, identity_.rank,
+                  concat("rank ", identity_.rank, " failed: ", text_of(thrown))};
+  if (is_interrupted_) {
+    verdict.kind = FailureKind::kInterrupted;
+    verdict.text = concat("rank ", identity_.rank, " was interrupted by a signal");
+  } else if (const std::optional<Verdict> reason = explain()) {
+    const bool is_own =
+        reason->culprit == identity_.rank &&
+        (reason->kind == FailureKind::kInterrupted || reason->kind == FailureKind::kError);
+    if (!is_own) fail_group(*reason);
+    verdict = *reason;
+  }
+  const Verdict held = board_->claim(verdict);  // perhaps somebody else's
+  keep(record_of(held));
 }
 
 void BoardCommunicator::poll(double waited_s) {
@@ -69,7 +83,11 @@ void BoardCommunicator::poll(double waited_s) {
   }
   if (const int left = board_->left_before(seq_); left >= 0)
     fail_group({FailureKind::kPeerLost, left, concat("rank ", left, " left the group")});
-  if (callbacks().check_signals) callbacks().check_signals();
+  if (callbacks().check_signals) {
+    is_interrupted_ = true;  // if it throws
+    callbacks().check_signals();
+    is_interrupted_ = false;
+  }
   if (waited_s >= timeout_s_) {
     const Late late = find_late(board_->call_roll(), seq_);
     fail_group({FailureKind::kTimeout, late.culprit,
@@ -84,6 +102,12 @@ void BoardCommunicator::poll(double waited_s) {
   }
 }
 
+void BoardCommunicator::check_not_forked() const {
+  TPN_CHECK(!is_forked_child(), "group ", identity_.name,
+            " was made before fork(): a forked child cannot use it; make the child first, or use "
+            "spawn");
+}
+
 void BoardCommunicator::check_usable() {
   if (failure_) raise(*failure_);
   TPN_CHECK(!is_closed_ && !is_closing_.load(std::memory_order_acquire), "group ", identity_.name,
@@ -96,21 +120,36 @@ void BoardCommunicator::fail_group(const Verdict& verdict) {
 }
 
 void BoardCommunicator::raise_verdict(const Verdict& verdict) {
+  FailureRecord record = record_of(verdict);
+  keep(record);
+  raise(std::move(record));
+}
+
+FailureRecord BoardCommunicator::record_of(const Verdict& verdict) const {
   FailureRecord record;
   record.kind = verdict.kind;
   record.rank = identity_.rank;
   record.peer = verdict.culprit < identity_.size ? verdict.culprit : -1;
-  record.op = name(current_->op);
+  record.op = current_ ? name(current_->op) : "no operation";
   record.seq = seq_;
   record.elapsed_s = waited_s_;
-  record.message = concat("rank ", identity_.rank, " in ", describe_current(), ": ", verdict.text);
+  record.message =
+      current_ ? concat("rank ", identity_.rank, " in ", describe_current(), ": ", verdict.text)
+               : concat("rank ", identity_.rank, " of group ", identity_.name, ": ", verdict.text);
   if (verdict.kind != FailureKind::kError)
     record.message += "; the group is unusable now, start its ranks again";
-  failure_ = record;
-  drop();
-  raise(std::move(record));
+  return record;
 }
 
+void BoardCommunicator::keep(FailureRecord record) {
+  {
+    std::lock_guard lock(record_mutex_);
+    failure_ = std::move(record);
+  }
+  drop();
+}
+
+/// Of the operation that runs: current_ is set.
 std::string BoardCommunicator::describe_current() const {
   return concat(describe(*current_), " #", seq_);
 }
@@ -121,9 +160,28 @@ void BoardCommunicator::abort(const std::string& reason) {
                  concat("rank ", identity_.rank, " aborted the group: ", reason)});
 }
 
+void BoardCommunicator::check() {
+  check_not_forked();
+  if (busy_thread_.is_this()) return;
+  std::lock_guard lock(mutex_);
+  waited_s_ = 0;
+  check_usable();
+  try {
+    check_levels();
+  } catch (...) {
+    if (const auto reason = explain(); reason && !failure_) fail_group(*reason);
+    throw;
+  }
+  if (const int left = board_->left_before(std::numeric_limits<uint64_t>::max()); left >= 0)
+    fail_group({FailureKind::kPeerLost, left, concat("rank ", left, " left the group")});
+}
+
 void BoardCommunicator::close() {
   if (is_forked_child()) return;                       // it would leave in its parent's name
   is_closing_.store(true, std::memory_order_release);  // sends away a thread that waits
+  if (busy_thread_.is_any()) interrupt();
+  if (busy_thread_.is_this())
+    return;  // the wait below this handler ends the group; then close() comes again
   {
     std::lock_guard lock(mutex_);
     if (std::exchange(is_closed_, true)) return;
@@ -133,21 +191,25 @@ void BoardCommunicator::close() {
 }
 
 Stats BoardCommunicator::stats() const {
-  std::lock_guard lock(mutex_);
-  return stats_;
+  Stats stats;
+  stats.collectives = collectives_.load(std::memory_order_relaxed);
+  stats.bytes = bytes_.load(std::memory_order_relaxed);
+  stats.late_share.resize(static_cast<size_t>(identity_.size));  // nobody's arrival is noted
+  return stats;
 }
 
 std::vector<LogEntry> BoardCommunicator::op_log() const {
-  std::lock_guard lock(mutex_);
+  if (is_forked_child()) return {};  // another thread may have held the lock at the fork
+  std::lock_guard lock(record_mutex_);
   std::vector<LogEntry> entries;
-  const uint64_t kept = std::min<uint64_t>(seq_, log_.size());
-  for (uint64_t seq = seq_ - kept + 1; seq <= seq_; ++seq)
-    entries.push_back(log_[seq % log_.size()]);
+  for (uint64_t i = logged_ - std::min<uint64_t>(logged_, log_.size()); i < logged_; ++i)
+    entries.push_back(log_[i % log_.size()]);
   return entries;
 }
 
 std::optional<FailureRecord> BoardCommunicator::failure() const {
-  std::lock_guard lock(mutex_);
+  if (is_forked_child()) return std::nullopt;
+  std::lock_guard lock(record_mutex_);
   return failure_;
 }
 

@@ -44,6 +44,9 @@ struct Signature {
   std::span<const int64_t> shape = {};
   std::span<const int64_t> sizes =
       {};  ///< how `dim` is cut, one size per rank; empty where nothing is cut
+  /// The collective that this one is a step of, or null: it is compared too, and it is what
+  /// messages name.
+  const Signature* whole = nullptr;
 };
 
 /// Joins the reduction; all values are of the signature's dtype and the same on all ranks.

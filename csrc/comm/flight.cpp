@@ -119,8 +119,9 @@ std::string to_json(const Identity& identity, std::span<RankHeader* const> heade
 
 }  // namespace
 
-void begin_flight(RankHeader& header, uint64_t seq, const Signature& s, uint64_t hash,
+void begin_flight(RankHeader& header, uint64_t seq, const Signature& signature, uint64_t hash,
                   int64_t bytes, uint64_t start) {
+  const Signature& s = named(signature);
   constexpr auto kRelease = std::memory_order_release;
   FlightEntry& entry = header.flight[seq % kFlightEntries];
   entry.seq.store(0, std::memory_order_relaxed);

@@ -111,11 +111,11 @@ void HostCommunicator::collective(const Signature& signature, int64_t bytes, dou
     HostCommunicator& self;
     ~Current() {
       self.current_ = nullptr;
-      self.busy_thread_.store({}, std::memory_order_relaxed);
+      self.busy_thread_.leave();
     }
   } const current{*this};
   current_ = &signature;
-  busy_thread_.store(::pthread_self(), std::memory_order_relaxed);
+  busy_thread_.enter();
   timeout_s_ = timeout_s > 0 ? timeout_s : identity_.timeout_s;
   wait_started_s_ = 0;
   is_inline_ = false;
@@ -129,9 +129,12 @@ void HostCommunicator::collective(const Signature& signature, int64_t bytes, dou
     body();
     if (is_checked_) end_flight(*peers_[identity_.rank].header(), seq_);
   } catch (...) {
-    if (!failure_) {  // a signal handler of this process raised while it waited
-      publish_abort(FailureKind::kInterrupted, identity_.rank,
-                    concat("rank ", identity_.rank, " was interrupted by a signal"));
+    if (!failure_) {  // nor a verdict: an exception of this process's alone
+      publish_abort(
+          is_interrupted_ ? FailureKind::kInterrupted : FailureKind::kError, identity_.rank,
+          concat("rank ", identity_.rank,
+                 is_interrupted_ ? " was interrupted by a signal"
+                                 : concat(" failed: ", text_of(std::current_exception()))));
       const Verdict verdict = read_verdict();  // perhaps somebody else's
       failure_ = failure_record(verdict.kind, verdict.culprit, verdict.text);
       arena_->retire();

@@ -277,7 +277,11 @@ void HostCommunicator::await_slow(int rank, uint64_t tick) {
     waited_s = now_s() - start;
     if (waited_s >= next_signals_s) {
       next_signals_s = waited_s + 0.05;
-      if (callbacks().check_signals) callbacks().check_signals();
+      if (callbacks().check_signals) {
+        is_interrupted_ = true;  // if it throws
+        callbacks().check_signals();
+        is_interrupted_ = false;
+      }
     }
     check_deadline(rank, waited_s, next_warning_s);
   }

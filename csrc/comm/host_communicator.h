@@ -3,8 +3,6 @@
 // they are and how their memory was mapped is the business of shm.cpp and local.cpp.
 #pragma once
 
-#include <pthread.h>
-
 #include <atomic>
 #include <memory>
 #include <mutex>
@@ -13,6 +11,7 @@
 #include <vector>
 
 #include "comm/arena.h"
+#include "comm/busy_thread.h"
 #include "comm/communicator.h"
 #include "comm/flight.h"
 #include "comm/protocol.h"
@@ -135,10 +134,7 @@ class HostCommunicator final : public Communicator {
   void warn_of_straggler(int rank) const;
   std::string late_table() const;
   void wake(int rank) const;
-  /// This thread is in a collective already: a signal handler runs inside its wait.
-  bool is_reentered() const {
-    return busy_thread_.load(std::memory_order_relaxed) == ::pthread_self();
-  }
+  bool is_reentered() const { return busy_thread_.is_this(); }  ///< by a signal handler
   bool is_forked_child() const { return arena_->mapping()->owner().is_elsewhere(); }
 
   const bool is_checked_;  ///< false only where the cost of the checks is measured
@@ -152,7 +148,7 @@ class HostCommunicator final : public Communicator {
   std::mutex abort_mutex_;    ///< guards this rank's abort record until a verdict is passed
   mutable std::mutex mutex_;  ///< one collective of this rank at a time; guards what follows
   const Signature* current_ = nullptr;
-  std::atomic<pthread_t> busy_thread_{};  ///< who holds the mutex for a collective
+  BusyThread busy_thread_;  ///< who holds the mutex for a collective
   uint64_t signature_hash_ = 0;
   int64_t bytes_now_ = 0;             ///< of the current operation, this rank's
   uint64_t arrived_[kMaxRanks] = {};  ///< stamps of the last collective
@@ -171,6 +167,7 @@ class HostCommunicator final : public Communicator {
   std::atomic<uint64_t> staged_{0};
   std::atomic<float> late_share_[kMaxRanks] = {};
   std::atomic<bool> is_closing_{false};
+  bool is_interrupted_ = false;  ///< a signal handler raised; guarded by the mutex
   bool is_closed_ = false;
 };
 

@@ -37,7 +37,9 @@ uint64_t hash_signature(const Signature& s) {
   for (const int64_t n : s.shape) hash = mix(hash, static_cast<uint64_t>(n));
   hash = mix(hash, s.sizes.size());
   for (const int64_t n : s.sizes) hash = mix(hash, static_cast<uint64_t>(n));
-  return hash;
+  if (!s.whole) return hash;
+  // the step in between: a part that equals its whole would cancel it
+  return mix(mix(hash, 1), hash_signature(*s.whole));
 }
 
 std::string describe(const Announcement& a) {
@@ -58,7 +60,8 @@ std::string describe(const Announcement& a) {
   return text.str();
 }
 
-std::string describe(const Signature& s) {
+std::string describe(const Signature& signature) {
+  const Signature& s = named(signature);
   return describe({0, static_cast<uint8_t>(s.op), static_cast<uint8_t>(s.dtype),
                    static_cast<uint8_t>(s.reduce), s.root, s.dim, s.shape});
 }

@@ -16,6 +16,9 @@ inline uint64_t mix(uint64_t hash, uint64_t word) {
   return hash ^ (hash >> 32);
 }
 
+/// What messages name: the collective, not its step.
+inline const Signature& named(const Signature& s) { return s.whole ? *s.whole : s; }
+
 uint64_t hash_text(const std::string& text);
 uint64_t hash_signature(const Signature& signature);
 

@@ -6,6 +6,8 @@
 #include <cstring>
 #include <numeric>
 
+#include "comm/epilogue.h"
+#include "kernels/cpu/convert.h"
 #include "kernels/reduce.h"
 
 namespace tp_native::comm {
@@ -21,21 +23,63 @@ void copy(void* to, const void* from, int64_t bytes) {
   if (bytes > 0 && to != from) std::memcpy(to, from, static_cast<size_t>(bytes));
 }
 
-Signature from_root(Signature s, int root) {
-  s.root = root;
-  return s;
+/// A level's part of `s`, which the ranks compare whole. An average is a sum until the last level.
+Signature step(const Signature& s, int root = -1) {
+  Signature part = s;
+  part.whole = &s;
+  part.root = root;
+  if (s.reduce == ReduceOp::kAvg) part.reduce = ReduceOp::kSum;
+  return part;
 }
 
-/// An average is a sum until the last level.
-Signature summed(Signature s) {
-  if (s.reduce == ReduceOp::kAvg) s.reduce = ReduceOp::kSum;
-  return s;
+/// Sums of these types go through the levels in float32 and are rounded once.
+bool is_carried_wide(const Signature& s) {
+  return (s.dtype == DType::kFloat16 || s.dtype == DType::kBFloat16) &&
+         (s.reduce == ReduceOp::kSum || s.reduce == ReduceOp::kAvg);
 }
+
+void widen(DType dtype, const void* in, float* out, int64_t count) {
+  if (dtype == DType::kFloat16) {
+    std::transform(static_cast<const kernels::Float16*>(in),
+                   static_cast<const kernels::Float16*>(in) + count, out,
+                   [](kernels::Float16 x) { return kernels::to_float(x); });
+  } else {
+    std::transform(static_cast<const kernels::BFloat16*>(in),
+                   static_cast<const kernels::BFloat16*>(in) + count, out,
+                   [](kernels::BFloat16 x) { return kernels::to_float(x); });
+  }
+}
+
+void narrow(DType dtype, const float* in, void* out, int64_t count) {
+  if (dtype == DType::kFloat16) {
+    std::transform(in, in + count, static_cast<kernels::Float16*>(out), kernels::to_float16);
+  } else {
+    std::transform(in, in + count, static_cast<kernels::BFloat16*>(out), kernels::to_bfloat16);
+  }
+}
+
+/// `count` values in float32, in memory that the host's ranks share where there is room.
+class Wide {
+ public:
+  Wide(Communicator& host, DType dtype, const void* in, int64_t count)
+      : block_(host.allocate(count * static_cast<int64_t>(sizeof(float)))),
+        own_(block_.data ? 0 : static_cast<size_t>(count)),
+        data_(block_.data ? static_cast<float*>(block_.data) : own_.data()) {
+    widen(dtype, in, data_, count);
+  }
+  float* data() const { return data_; }
+
+ private:
+  Block block_;
+  std::vector<float> own_;
+  float* data_;
+};
 
 /// What the inner communicator found, without its own frame: "rank 0 in all_reduce(...) #7: ..."
 std::string inner_text(const std::string& message) {
   size_t begin = 0;
-  const size_t number = message.find(" #");
+  size_t number = message.find(" #");
+  if (number == std::string::npos) number = message.find(" of group ");  // outside any operation
   const size_t colon = number == std::string::npos ? number : message.find(": ", number);
   if (colon != std::string::npos) begin = colon + 2;
   const size_t end = message.rfind("; the group is unusable now");
@@ -99,6 +143,17 @@ TwoLevel::~TwoLevel() {
   if (!is_forked_child()) close();
 }
 
+/// The waits are those of the levels, which know nothing of this group's end.
+void TwoLevel::interrupt() noexcept {
+  try {
+    (void)board().claim({FailureKind::kAborted, identity_.rank,
+                         concat("rank ", identity_.rank,
+                                " closed the group while one of its threads was in a collective")});
+  } catch (const std::exception&) {
+    // out of memory: the wait ends at its deadline
+  }
+}
+
 void TwoLevel::release() noexcept {
   intra_->close();
   if (inter_) inter_->close();
@@ -151,19 +206,36 @@ void TwoLevel::all_reduce(const Signature& s, const void* in, void* out, int64_t
   TPN_CHECK(kernels::can_reduce(s.dtype, s.reduce), name(s.op), ": ", name(s.dtype),
             " cannot be reduced (", name(s.reduce),
             "): expected float32, float64, float16 or bfloat16");
-  const bool is_average = s.reduce == ReduceOp::kAvg;
-  TPN_CHECK(!is_average || (!epilogue.bias && !epilogue.residual && !epilogue.norm_weight),
-            name(s.op), ": over several hosts nothing can join an average: add it after");
+  TPN_CHECK(
+      s.reduce != ReduceOp::kAvg || (!epilogue.bias && !epilogue.residual && !epilogue.norm_weight),
+      name(s.op), ": over several hosts nothing can join an average: add it after");
   const auto width = static_cast<int64_t>(item_bytes(s.dtype));
   collective(s, count * width, 0, [&] {
-    intra_->all_reduce(summed(s), in, out, count, {}, stream);
-    if (inter_) {
-      inter_->all_reduce(summed(s), out, out, count, epilogue, stream);
-      if (is_average) average(s.dtype, out, count);
+    if (is_carried_wide(s)) {
+      const Wide sum(*intra_, s.dtype, in, count);
+      std::vector<float> bias(static_cast<size_t>(epilogue.bias ? epilogue.columns : 0));
+      if (epilogue.bias) widen(s.dtype, epilogue.bias, bias.data(), epilogue.columns);
+      Signature part = step(s);
+      part.dtype = DType::kFloat32;
+      Epilogue last = bias_of(epilogue);
+      if (last.bias) last.bias = bias.data();
+      sum_up(part, s, sum.data(), sum.data(), count, last, stream);
+      if (inter_) narrow(s.dtype, sum.data(), out, count);
+    } else {
+      sum_up(step(s), s, in, out, count, bias_of(epilogue), stream);
     }
-    intra_->broadcast(from_root(s, 0), out, count, stream);
-    if (epilogue.norm_weight) intra_->broadcast(from_root(s, 0), epilogue.hidden, count, stream);
+    intra_->broadcast(step(s, 0), out, count, stream);
+    add_residual_and_norm(s.dtype, epilogue, out, count);
   });
+}
+
+/// The leaders' `out` holds the result of `whole`.
+void TwoLevel::sum_up(const Signature& part, const Signature& whole, const void* in, void* out,
+                      int64_t count, const Epilogue& epilogue, Stream stream) {
+  intra_->all_reduce(part, in, out, count, {}, stream);
+  if (!inter_) return;
+  inter_->all_reduce(part, out, out, count, epilogue, stream);
+  if (whole.reduce == ReduceOp::kAvg) average(part.dtype, out, count);
 }
 
 void TwoLevel::all_gather(const Signature& s, const void* in, void* out, int64_t rows,
@@ -175,10 +247,10 @@ void TwoLevel::all_gather(const Signature& s, const void* in, void* out, int64_t
   const std::vector<int64_t> of_hosts = by_host(counts);
   collective(s, counts[identity_.rank] * width, 0, [&] {
     Buffer host(inter_ ? static_cast<size_t>(of_hosts[host_] * width) : 0);
-    intra_->gather(from_root(s, 0), in, host.data(), of_host(counts), stream);
+    intra_->gather(step(s, 0), in, host.data(), of_host(counts), stream);
     if (inter_) {
       Buffer all(static_cast<size_t>(rows * pitch * width));
-      inter_->all_gather(s, host.data(), all.data(), 1, of_hosts, stream);
+      inter_->all_gather(step(s), host.data(), all.data(), 1, of_hosts, stream);
       const char* from = all.data();
       int64_t start = 0;
       for (const int64_t n : columns) {
@@ -187,7 +259,7 @@ void TwoLevel::all_gather(const Signature& s, const void* in, void* out, int64_t
         start += n;
       }
     }
-    intra_->broadcast(from_root(s, 0), out, rows * pitch, stream);
+    intra_->broadcast(step(s, 0), out, rows * pitch, stream);
   });
 }
 
@@ -198,15 +270,27 @@ void TwoLevel::reduce_scatter(const Signature& s, const void* in, void* out,
   const auto width = static_cast<int64_t>(item_bytes(s.dtype));
   const std::vector<int64_t> of_hosts = by_host(counts);
   const int64_t whole = total(counts);
+  const int64_t of_mine = inter_ ? of_hosts[host_] : 0;
   collective(s, whole * width, 0, [&] {
-    Buffer sum(static_cast<size_t>(whole * width));
-    intra_->all_reduce(summed(s), in, sum.data(), whole, {}, stream);
-    Buffer host(inter_ ? static_cast<size_t>(of_hosts[host_] * width) : 0);
-    if (inter_) {
-      inter_->reduce_scatter(summed(s), sum.data(), host.data(), of_hosts, stream);
-      if (s.reduce == ReduceOp::kAvg) average(s.dtype, host.data(), of_hosts[host_]);
+    Buffer host(static_cast<size_t>(of_mine * width));
+    const auto reduce = [&](const Signature& part, const void* from, void* sum, void* to) {
+      intra_->all_reduce(part, from, sum, whole, {}, stream);
+      if (!inter_) return;
+      inter_->reduce_scatter(part, sum, to, of_hosts, stream);
+      if (s.reduce == ReduceOp::kAvg) average(part.dtype, to, of_mine);
+    };
+    if (is_carried_wide(s)) {
+      const Wide sum(*intra_, s.dtype, in, whole);
+      std::vector<float> mine(static_cast<size_t>(of_mine));
+      Signature part = step(s);
+      part.dtype = DType::kFloat32;
+      reduce(part, sum.data(), sum.data(), mine.data());
+      narrow(s.dtype, mine.data(), host.data(), of_mine);
+    } else {
+      Buffer sum(static_cast<size_t>(whole * width));
+      reduce(step(s), in, sum.data(), host.data());
     }
-    intra_->scatter(from_root(s, 0), host.data(), out, of_host(counts), stream);
+    intra_->scatter(step(s, 0), host.data(), out, of_host(counts), stream);
   });
 }
 
@@ -218,17 +302,17 @@ void TwoLevel::gather(const Signature& s, const void* in, void* out,
   const int root_local = local_of(s.root);
   collective(s, counts[identity_.rank] * width, 0, [&] {
     Buffer host(inter_ ? static_cast<size_t>(of_hosts[host_] * width) : 0);
-    intra_->gather(from_root(s, 0), in, host.data(), of_host(counts), stream);
+    intra_->gather(step(s, 0), in, host.data(), of_host(counts), stream);
     const bool is_relayed = host_ == root_host && root_local != 0;
     Buffer all(inter_ && is_relayed ? static_cast<size_t>(total(counts) * width) : 0);
     if (inter_) {
-      inter_->gather(from_root(s, root_host), host.data(), is_relayed ? all.data() : out, of_hosts,
+      inter_->gather(step(s, root_host), host.data(), is_relayed ? all.data() : out, of_hosts,
                      stream);
     }
-    if (!is_relayed) return;
+    if (!is_relayed) return intra_->barrier(0, stream);  // what the hosts found reaches all
     std::vector<int64_t> to_root(static_cast<size_t>(host_sizes_[host_]), 0);
     to_root[static_cast<size_t>(root_local)] = total(counts);
-    intra_->scatter(from_root(s, 0), all.data(), out, to_root, stream);
+    intra_->scatter(step(s, 0), all.data(), out, to_root, stream);
   });
 }
 
@@ -244,24 +328,30 @@ void TwoLevel::scatter(const Signature& s, const void* in, void* out,
     if (is_relayed) {
       std::vector<int64_t> by_root(static_cast<size_t>(host_sizes_[host_]), 0);
       by_root[static_cast<size_t>(root_local)] = total(counts);
-      intra_->gather(from_root(s, 0), in, all.data(), by_root, stream);
+      intra_->gather(step(s, 0), in, all.data(), by_root, stream);
     }
     Buffer host(inter_ ? static_cast<size_t>(of_hosts[host_] * width) : 0);
     if (inter_) {
-      inter_->scatter(from_root(s, root_host), is_relayed ? all.data() : in, host.data(), of_hosts,
+      inter_->scatter(step(s, root_host), is_relayed ? all.data() : in, host.data(), of_hosts,
                       stream);
     }
-    intra_->scatter(from_root(s, 0), host.data(), out, of_host(counts), stream);
+    intra_->scatter(step(s, 0), host.data(), out, of_host(counts), stream);
   });
 }
 
 void TwoLevel::broadcast(const Signature& s, void* data, int64_t count, Stream stream) {
   const int root_host = host_of(s.root);
+  const int root_local = local_of(s.root);
   const int64_t bytes = count * static_cast<int64_t>(item_bytes(s.dtype));
   collective(s, bytes, 0, [&] {
-    if (host_ == root_host) intra_->broadcast(from_root(s, local_of(s.root)), data, count, stream);
-    if (inter_) inter_->broadcast(from_root(s, root_host), data, count, stream);
-    if (host_ != root_host) intra_->broadcast(from_root(s, 0), data, count, stream);
+    // to the leader alone first: no rank goes on before the hosts have compared
+    if (host_ == root_host && root_local != 0) {
+      std::vector<int64_t> by_root(static_cast<size_t>(host_sizes_[host_]), 0);
+      by_root[static_cast<size_t>(root_local)] = count;
+      intra_->gather(step(s, 0), data, data, by_root, stream);
+    }
+    if (inter_) inter_->broadcast(step(s, root_host), data, count, stream);
+    intra_->broadcast(step(s, 0), data, count, stream);
   });
 }
 
@@ -276,6 +366,11 @@ void TwoLevel::barrier(double timeout_s, Stream stream) {
 }
 
 // ---- failures
+
+void TwoLevel::check_levels() {
+  intra_->check();
+  if (inter_) inter_->check();
+}
 
 std::optional<Verdict> TwoLevel::explain() {
   if (const auto verdict = board().verdict()) return verdict;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Ranks of several hosts: one communicator among the ranks of a host, one among the hosts' first
 // ranks (their leaders). Sums go in ascending order within each host, then in ascending order of
-// hosts: bitwise equal on all ranks, but not the flat order, and 16-bit types round once per level.
+// hosts: bitwise equal on all ranks, but not the flat order. 16-bit types are summed in float32.
 #pragma once
 
 #include "comm/board_communicator.h"
@@ -34,7 +34,9 @@ class TwoLevel final : public BoardCommunicator {
 
  protected:
   std::optional<Verdict> explain() override;
+  void check_levels() override;
   void drop() noexcept override {}  // the verdict has aborted both levels
+  void interrupt() noexcept override;
   void release() noexcept override;
 
  private:
@@ -44,6 +46,8 @@ class TwoLevel final : public BoardCommunicator {
   /// The counts of this host's ranks, and the sums of each host's.
   std::span<const int64_t> of_host(std::span<const int64_t> counts) const;
   std::vector<int64_t> by_host(std::span<const int64_t> counts) const;
+  void sum_up(const Signature& part, const Signature& whole, const void* in, void* out,
+              int64_t count, const Epilogue& epilogue, Stream stream);
   void average(DType dtype, void* data, int64_t count) const;
   Verdict translated(const FailureRecord& failure, bool is_intra);
 

@@ -6,6 +6,7 @@
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
+#include <exception>
 #include <span>
 #include <sstream>
 #include <stdexcept>
@@ -44,6 +45,17 @@ class Error : public std::runtime_error {
  private:
   FailureRecord record_;
 };
+
+/// "bad allocation": what it says; for reports to others while it goes on.
+inline std::string text_of(const std::exception_ptr& thrown) {
+  try {
+    std::rethrow_exception(thrown);
+  } catch (const std::exception& error) {
+    return error.what();
+  } catch (...) {
+    return "an exception of an unknown kind";
+  }
+}
 
 template <class... Parts>
 std::string concat(const Parts&... parts) {

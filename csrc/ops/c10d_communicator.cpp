@@ -12,6 +12,7 @@
 #include <cstring>
 #include <numeric>
 
+#include "comm/epilogue.h"
 #include "comm/registry.h"
 #include "comm/signature.h"
 #include "comm/two_level.h"
@@ -48,6 +49,11 @@ constexpr int64_t kHeaderBytes = 128;
 constexpr int64_t kInlineBytes = 4096;  // one network packet or three; Gloo's latency hides it
 constexpr int64_t kFrameBytes = kHeaderBytes + kInlineBytes;
 static_assert(sizeof(Header) <= kHeaderBytes);
+
+/// Torch adds it to a time in nanoseconds: three years are as good as for ever.
+milliseconds gloo_timeout(double timeout_s) {
+  return milliseconds(static_cast<int64_t>(1e3 * std::min(timeout_s + kGlooGraceS, 1e8)));
+}
 
 bool fits(int64_t bytes) { return bytes <= kInlineBytes; }
 
@@ -88,12 +94,6 @@ void check_can_reduce(const Signature& s) {
   TPN_CHECK(kernels::can_reduce(s.dtype, s.reduce), comm::name(s.op), ": ", name(s.dtype),
             " cannot be reduced (", name(s.reduce),
             "): expected float32, float64, float16 or bfloat16");
-}
-
-void check_epilogue(const Signature& s, const Epilogue& epilogue) {
-  TPN_CHECK(!epilogue.residual && !epilogue.norm_weight, comm::name(s.op),
-            ": a residual or a norm cannot join the reduction over torch.distributed: add it "
-            "after");
 }
 
 }  // namespace
@@ -145,7 +145,7 @@ C10dCommunicator::Exchange C10dCommunicator::prepare(std::vector<int64_t> send_b
 /// (3 ranks on loopback: 0.5 ms, all_gather 1.8 ms).
 void C10dCommunicator::run(Exchange& exchange) {
   c10d::AllToAllOptions options;
-  options.timeout = milliseconds(static_cast<int64_t>(1e3 * (timeout_s() + kGlooGraceS)));
+  options.timeout = gloo_timeout(timeout_s());
   try {
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wdeprecated-declarations"  // its new name is not in torch 2.11
@@ -162,13 +162,16 @@ void C10dCommunicator::run(Exchange& exchange) {
 void C10dCommunicator::wait(const c10::intrusive_ptr<c10d::Work>& work) {
   const auto start = Clock::now();
   for (;;) {
+    // a slice may run out just before the work ends well: only what a wait that began after the end
+    // throws is about the work
+    const bool was_completed = work->isCompleted();
     try {
       work->wait(kSlice);
       return;
     } catch (const std::exception& error) {
-      if (work->isCompleted()) lose_peer(error.what());
+      if (was_completed) lose_peer(error.what());
     }
-    poll(std::chrono::duration<double>(Clock::now() - start).count());
+    if (!work->isCompleted()) poll(std::chrono::duration<double>(Clock::now() - start).count());
   }
 }
 
@@ -198,13 +201,14 @@ C10dCommunicator::Exchange C10dCommunicator::meet(const Signature& s, const void
   auto* const header = new (mine) Header{};
   header->fingerprint = comm::mix(comm::mix(comm::hash_signature(s), group_hash_), seq());
   header->seq = seq();
-  header->op = static_cast<uint8_t>(s.op);
-  header->dtype = static_cast<uint8_t>(s.dtype);
-  header->reduce = static_cast<uint8_t>(s.reduce);
-  header->root = static_cast<int8_t>(s.root);
-  header->dim = static_cast<int8_t>(s.dim);
-  header->dims = static_cast<uint8_t>(std::min<size_t>(s.shape.size(), kMaxDims));
-  std::copy_n(s.shape.begin(), header->dims, header->shape);
+  const Signature& told = comm::named(s);
+  header->op = static_cast<uint8_t>(told.op);
+  header->dtype = static_cast<uint8_t>(told.dtype);
+  header->reduce = static_cast<uint8_t>(told.reduce);
+  header->root = static_cast<int8_t>(told.root);
+  header->dim = static_cast<int8_t>(told.dim);
+  header->dims = static_cast<uint8_t>(std::min<size_t>(told.shape.size(), kMaxDims));
+  std::copy_n(told.shape.begin(), header->dims, header->shape);
   if (payload && fits(bytes)) copy(mine + kHeaderBytes, payload, bytes);
   for (int r = 0; r < size; ++r) {
     if (r != me) copy(exchange.to(r), mine, kFrameBytes);
@@ -247,7 +251,6 @@ void C10dCommunicator::drop() noexcept {
 void C10dCommunicator::all_reduce(const Signature& s, const void* in, void* out, int64_t count,
                                   const Epilogue& epilogue, Stream) {
   check_can_reduce(s);
-  check_epilogue(s, epilogue);
   const int me = identity_.rank;
   const int size = identity_.size;
   const auto width = static_cast<int64_t>(item_bytes(s.dtype));
@@ -263,7 +266,10 @@ void C10dCommunicator::all_reduce(const Signature& s, const void* in, void* out,
   };
   collective(s, bytes, 0, [&] {
     const Exchange frames = meet(s, in, bytes);
-    if (fits(bytes)) return sum(frames, kHeaderBytes, in, out, count, 0);
+    if (fits(bytes)) {
+      sum(frames, kHeaderBytes, in, out, count, 0);
+      return comm::add_residual_and_norm(s.dtype, epilogue, out, count);
+    }
     const std::vector<int64_t> slice = slices_of(count, width, size);
     const std::vector<int64_t> mine(static_cast<size_t>(size), slice[me]);
     const int64_t begin = sum_to(slice, me);
@@ -283,6 +289,7 @@ void C10dCommunicator::all_reduce(const Signature& s, const void* in, void* out,
     for (int r = 0; r < size; ++r) {
       if (r != me) copy(at(out, sum_to(slice, r)), sums.from(r), slice[r]);
     }
+    comm::add_residual_and_norm(s.dtype, epilogue, out, count);
   });
 }
 
@@ -395,7 +402,7 @@ void C10dCommunicator::broadcast(const Signature& s, void* data, int64_t count, 
     if (is_root) copy(whole[0].mutable_data_ptr(), data, bytes);
     c10d::BroadcastOptions options;
     options.rootRank = s.root;
-    options.timeout = milliseconds(static_cast<int64_t>(1e3 * (timeout_s() + kGlooGraceS)));
+    options.timeout = gloo_timeout(timeout_s());
     try {
       pending_ = group_->broadcast(whole, options);
     } catch (const std::exception& error) {

@@ -7,7 +7,9 @@ agreement on failures over their store.
 
 from __future__ import annotations
 
+import ipaddress
 import os
+import socket
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any, cast
@@ -18,13 +20,13 @@ from torch._C._distributed_c10d import (
     PrefixStore,
     ProcessGroupGloo,
     Store,
+    TCPStore,
     _register_process_group,
 )
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.rendezvous import rendezvous
 
 from ._native import _C
-from .config import TensorParallelConfig, address_of
+from .config import TensorParallelConfig, address_of, job_address
 from .errors import TensorParallelError
 from .shm import make_shm
 
@@ -56,10 +58,26 @@ def process_group(group: object) -> dist.ProcessGroup:
     return group
 
 
-def world() -> dist.ProcessGroup:
-    """The default process group; made with Gloo from the environment where there is none."""
+def world(config: TensorParallelConfig, start: int) -> dist.ProcessGroup:
+    """The default process group; made with Gloo from the environment where there is none.
+    ``start``: how many groups this job has made before.
+
+    Raises: TensorParallelError naming the missing ranks after ``config.init_timeout_s``.
+    """
     if not dist.is_initialized():
-        dist.init_process_group("gloo")
+        store = _job_store(config, start)
+        call_roll(store, config, "here")
+        dist.init_process_group(
+            "gloo",
+            store=store,
+            rank=config.rank,
+            world_size=config.world_size,
+            timeout=_timeout(config.init_timeout_s),
+        )
+        made = dist.group.WORLD
+        assert made is not None
+        backend = cast(Any, made._get_backend(torch.device("cpu")))
+        backend._set_default_timeout(_timeout(config.timeout_s))  # of calls that are not ours
     group = dist.group.WORLD
     assert group is not None
     return group
@@ -83,14 +101,98 @@ def _host_id() -> str:
     return f"{boot}/{os.readlink('/proc/self/ns/net')}/{os.environ.get('GROUP_RANK', '')}"
 
 
-def _job_store(rank: int, size: int, start: int, timeout: timedelta) -> Store:
+def _timeout(seconds: float) -> timedelta:
+    return timedelta(seconds=min(seconds, 1e8))  # three years: torch counts nanoseconds
+
+
+def listener(host: str, port: int) -> socket.socket | None:
+    """A socket that listens where the ranks look for rank 0, and nowhere else; TCPStore's own does
+    on all interfaces. None where that is needed: ``host`` is not an address of this machine (a
+    service's), or is a name that only this machine takes for its loopback.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError:
+        return None  # TCPStore explains
+    for family, kind, protocol, _, address in found:
+        is_named = host != "localhost" and host != address[0]
+        if is_named and ipaddress.ip_address(str(address[0]).split("%")[0]).is_loopback:
+            continue
+        held = socket.socket(family, kind, protocol)
+        try:
+            held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            held.bind(address)
+            held.listen(1024)
+            return held
+        except OSError:  # not ours, or this process serves a store there already
+            held.close()
+    return None
+
+
+def _tcp_store(config: TensorParallelConfig) -> Store:
+    """The job's store: torchrun's agent's, or one that rank 0 serves."""
+    job_address(config)  # explains what is not set
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    is_served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    is_master = config.rank == 0 and not is_served
+    held = listener(host, port) if is_master else None
+    try:
+        store = TCPStore(
+            host,
+            port,
+            config.world_size,
+            is_master,
+            _timeout(config.init_timeout_s),
+            wait_for_workers=False,  # the roll call does, and knows who is missing
+            multi_tenant=not is_served,
+            master_listen_fd=held.fileno() if held is not None else None,
+        )
+    except RuntimeError as error:
+        server = "torchrun's agent" if is_served else "rank 0"
+        raise TensorParallelError(
+            f"rank {config.rank}: {server} does not answer at {host}:{port} within "
+            f"{config.init_timeout_s:g} s; ranks missing: [0] of {config.world_size}"
+            if not is_master
+            else f"rank 0 cannot serve the job's store at {host}:{port}: {error}"
+        ) from error
+    if held is not None:
+        held.detach()  # the store closes it
+    return store
+
+
+def _job_store(config: TensorParallelConfig, start: int) -> Store:
     """torchrun's store (or the default process group's), under a prefix of this start."""
     if dist.is_initialized():
         store = dist.distributed_c10d._get_default_store()
     else:
-        store, _, _ = next(iter(rendezvous("env://", rank, size, timeout=timeout)))
+        store = _tcp_store(config)
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return PrefixStore(f"tp_native/{restart}/{start}", store)
+
+
+def call_roll(store: Store, config: TensorParallelConfig, told: str) -> list[str]:
+    """What every rank tells the others.
+
+    Raises: TensorParallelError naming the missing ranks after ``config.init_timeout_s``.
+    """
+    size = config.world_size
+    keys = [f"host/{r}" for r in range(size)]
+    try:
+        store.set(keys[config.rank], told)
+        store.wait(keys, _timeout(config.init_timeout_s))
+        return [store.get(key).decode() for key in keys]
+    except RuntimeError as error:
+        try:
+            missing = [r for r in range(size) if not store.check([keys[r]])]
+        except RuntimeError:
+            raise TensorParallelError(
+                f"rank {config.rank}: the job's store is gone before all {size} ranks came; "
+                "whoever serves it, rank 0 or torchrun's agent, has ended"
+            ) from error
+        raise TensorParallelError(
+            f"rank {config.rank}: ranks missing: {missing} of {size} after "
+            f"{config.init_timeout_s:g} s; start them, or raise init_timeout_s"
+        ) from error
 
 
 def cut_into_hosts(ranks: list[tuple[str, int, int]]) -> list[int]:
@@ -126,21 +228,10 @@ def join_hosts(
     this job has made before.
     """
     rank, size, local_rank = config.rank, config.world_size, config.local_rank
-    timeout_s, init_timeout_s = config.timeout_s, config.init_timeout_s
-    timeout = timedelta(seconds=init_timeout_s)
-    store = _job_store(rank, size, start, timeout)
-    store.set(f"host/{rank}", f"{_host_id()} {local_rank} {config.local_world_size}")
-    keys = [f"host/{r}" for r in range(size)]
-    try:
-        store.wait(keys, timeout)
-    except RuntimeError as error:
-        missing = [r for r in range(size) if not store.check([keys[r]])]
-        raise TensorParallelError(
-            f"rank {rank}: ranks missing: {missing} of {size} after {init_timeout_s:g} s; start "
-            "them, or raise init_timeout_s"
-        ) from error
-    told = [store.get(key).decode().split(" ") for key in keys]
-    sizes = cut_into_hosts([(host, int(r), int(n)) for host, r, n in told])
+    timeout_s = config.timeout_s
+    store = _job_store(config, start)
+    told = call_roll(store, config, f"{_host_id()} {local_rank} {config.local_world_size}")
+    sizes = cut_into_hosts([(host, int(r), int(n)) for host, r, n in map(str.split, told)])
     host = next(h for h in range(len(sizes)) if rank < sum(sizes[: h + 1]))
 
     # A leader may wait timeout_s for the other hosts: its own host's ranks wait longer for it.
@@ -155,7 +246,9 @@ def join_hosts(
     leaders = ""
     if local_rank == 0:
         leaders = f"{name}/leaders"
-        backend = ProcessGroupGloo(PrefixStore("leaders", store), host, len(sizes), timeout)
+        backend = ProcessGroupGloo(
+            PrefixStore("leaders", store), host, len(sizes), _timeout(config.init_timeout_s)
+        )
         linked = _process_group(leaders, store, host, len(sizes))
         linked._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
         join(leaders, leaders, timeout_s)

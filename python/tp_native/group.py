@@ -345,7 +345,7 @@ class _Process:
         self.joined: dict[str, tuple[object, Group]] = {}  # by the process group's name
         self.joins: dict[str, int] = {}
 
-    def over(self, group: object, timeout_s: float = TensorParallelConfig.timeout_s) -> Group:
+    def over(self, group: object, config: TensorParallelConfig | None = None) -> Group:
         """The group over a process group or mesh of torch.distributed's, made on first use."""
         ranks = c10d.process_group(group)
         known, made = self.joined.get(ranks.group_name, (None, None))
@@ -356,10 +356,15 @@ class _Process:
         count = self.joins.get(ranks.group_name, 0)
         self.joins[ranks.group_name] = count + 1
         name = f"tp:c10d:{ranks.group_name}" + (f".{count}" if count else "")
-        config = TensorParallelConfig(
-            ranks.rank(), ranks.size(), backend="c10d", timeout_s=timeout_s
+        config = replace(
+            config or get_tensor_parallel_config(),
+            rank=ranks.rank(),
+            world_size=ranks.size(),
+            backend="c10d",
         )
-        communicator = c10d.join(name, ranks.group_name, timeout_s) if ranks.size() > 1 else None
+        communicator = None
+        if ranks.size() > 1:
+            communicator = c10d.join(name, ranks.group_name, config.timeout_s)
         made = Group(config, communicator, name)
         self.joined[ranks.group_name] = (ranks, made)
         return made
@@ -455,7 +460,7 @@ def _init_process(
         frozen_timeout_s=frozen_timeout_s,
     )
     if backend == "c10d" and (config.world_size > 1 or dist.is_initialized()):
-        return _process.over(c10d.world(), timeout_s)
+        return _process.over(c10d.world(config, next(_process.starts)), config)
     if config.world_size == 1:
         _process.next_generation += 1
         return Group(config, None, f"tp:{_process.next_generation - 1}")

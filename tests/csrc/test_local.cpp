@@ -9,6 +9,7 @@
 #include "check.h"
 #include "comm/backends.h"
 #include "comm/registry.h"
+#include "core/callbacks.h"
 #include "core/error.h"
 
 using namespace tp_native;        // NOLINT
@@ -286,6 +287,25 @@ TEST(names_are_registered_once_and_unknown_ones_are_told) {
   CHECK(text_of([] { (void)make_nccl({}, {}, 0, 1); }).find("not part of this build") !=
         std::string::npos);
   CHECK(!is_available("nccl") && is_available("shm"));
+}
+
+TEST(an_exception_of_one_rank_reaches_the_others_in_its_words) {
+  const Ranks ranks = make(2);
+  Callbacks strict;
+  strict.warn = [](const std::string&) { throw std::runtime_error("warnings are errors"); };
+  install_callbacks(strict);
+  const auto failures = run(ranks, [](Communicator& c) {
+    std::vector<float> data(4, 1.0f);
+    for (int i = 0; i < 200; ++i) {  // rank 0 tells that rank 1 is slow
+      if (c.identity().rank == 1) std::this_thread::sleep_for(std::chrono::milliseconds(2));
+      all_reduce(c, data.data(), 4);
+    }
+  });
+  install_callbacks({});
+  CHECK_EQ(failures[0].message, std::string("warnings are errors"));
+  CHECK(failures[1].kind == FailureKind::kError);
+  CHECK_EQ(failures[1].peer, 0);
+  CHECK(failures[1].message.find("rank 0 failed: warnings are errors") != std::string::npos);
 }
 
 int main() { return check::run_all(); }

@@ -9,6 +9,8 @@
 #include "check.h"
 #include "comm/backends.h"
 #include "core/error.h"
+#include "kernels/cpu/convert.h"
+#include "kernels/reduce.h"
 
 using namespace tp_native;        // NOLINT
 using namespace tp_native::comm;  // NOLINT
@@ -45,7 +47,13 @@ class MemoryBoard final : public Board {
     std::lock_guard lock(shared_->mutex);
     return shared_->verdict;
   }
-  int left_before(uint64_t) const override { return -1; }
+  int left_before(uint64_t seq) const override {
+    std::lock_guard lock(shared_->mutex);
+    for (size_t r = 0; r < shared_->ranks.size(); ++r) {
+      if (shared_->ranks[r].has_left && shared_->ranks[r].seq < seq) return static_cast<int>(r);
+    }
+    return -1;
+  }
   void set_status(OpCode op, uint64_t seq, bool is_inside) override {
     std::lock_guard lock(shared_->mutex);
     shared_->ranks[rank_] = {true, false, is_inside, op, seq};
@@ -61,6 +69,7 @@ class MemoryBoard final : public Board {
   void leave() override {
     std::lock_guard lock(shared_->mutex);
     shared_->listeners[rank_] = nullptr;
+    shared_->ranks[rank_].has_left = true;
   }
 
  private:
@@ -268,6 +277,126 @@ TEST(a_mismatch_within_a_host_reaches_the_other_hosts) {
   }
 }
 
+TEST(unlike_roots_and_reductions_of_whole_hosts_are_mismatches) {
+  const int64_t shape[] = {4};
+  const std::vector<int64_t> counts(4, 4);
+  using Call = std::function<void(Communicator&, bool, float*, float*)>;
+  const auto reduce = [&](bool is_other) {
+    return Signature{.op = OpCode::kAllReduce,
+                     .dtype = DType::kFloat32,
+                     .reduce = is_other ? ReduceOp::kAvg : ReduceOp::kSum,
+                     .shape = shape};
+  };
+  const std::vector<std::pair<std::string, Call>> calls = {
+      {"avg", [&](Communicator& c, bool is_other, float* in,
+                  float* out) { c.all_reduce(reduce(is_other), in, out, 4, {}, {}); }},
+      {"src 3",
+       [&](Communicator& c, bool is_other, float* in, float*) {
+         c.broadcast({.op = OpCode::kBroadcast,
+                      .dtype = DType::kFloat32,
+                      .root = is_other ? 3 : 0,
+                      .shape = shape},
+                     in, 4, {});
+       }},
+      {"dst 3",
+       [&](Communicator& c, bool is_other, float* in, float* out) {
+         c.gather({.op = OpCode::kGather,
+                   .dtype = DType::kFloat32,
+                   .root = is_other ? 3 : 1,
+                   .shape = shape,
+                   .sizes = counts},
+                  in, out, counts, {});
+       }},
+      {"src 2",
+       [&](Communicator& c, bool is_other, float* in, float* out) {
+         c.scatter({.op = OpCode::kScatter,
+                    .dtype = DType::kFloat32,
+                    .root = is_other ? 2 : 1,
+                    .shape = shape,
+                    .sizes = counts},
+                   out, in, counts, {});
+       }},
+  };
+  for (const auto& [words, call] : calls) {
+    for (const int other_host : {0, 1}) {
+      const Ranks ranks = make({2, 2}, 5);
+      const auto failures = run(ranks, [&](Communicator& c) {
+        std::vector<float> in(4, 1.0f), out(16);
+        call(c, c.identity().rank / 2 == other_host, in.data(), out.data());
+      });
+      for (const FailureRecord& failure : failures) {
+        CHECK(failure.kind == FailureKind::kMismatch);
+        CHECK(failure.message.find(words) != std::string::npos);
+      }
+    }
+  }
+}
+
+TEST(sixteen_bit_sums_are_rounded_once_and_averages_do_not_overflow) {
+  const auto half = [](float x) { return kernels::to_float16(x).bits; };
+  const Ranks ranks = make({2, 2});
+  run_clean(ranks, [&](Communicator& c) {
+    const auto me = static_cast<size_t>(c.identity().rank);
+    const int64_t shape[] = {2};
+    const std::vector<int64_t> counts = {1, 0, 0, 1};
+    for (const ReduceOp op : {ReduceOp::kAvg, ReduceOp::kSum}) {
+      const bool is_avg = op == ReduceOp::kAvg;
+      // 2048 + 1 + 1 is 2050; rounded after the first host, where 2049 has no place, it is 2048
+      constexpr float kSmall[] = {2048, 1, 1, 0};
+      const std::vector<uint16_t> in(2, half(is_avg ? 40000.0f : kSmall[me]));
+      const uint16_t expected = half(is_avg ? 40000.0f : 2050.0f);
+      Signature s{.op = OpCode::kAllReduce, .dtype = DType::kFloat16, .reduce = op, .shape = shape};
+      std::vector<uint16_t> out(2);
+      c.all_reduce(s, in.data(), out.data(), 2, {}, {});
+      for (const uint16_t x : out) CHECK_EQ(x, expected);
+      s.op = OpCode::kReduceScatter;
+      s.sizes = counts;
+      uint16_t mine = expected;
+      c.reduce_scatter(s, in.data(), &mine, counts, {});
+      CHECK_EQ(mine, expected);
+    }
+  });
+}
+
+TEST(residual_and_norm_follow_the_sum_over_hosts) {
+  constexpr int64_t kRows = 5;
+  constexpr int64_t kColumns = 24;
+  constexpr size_t kCount = kRows * kColumns;
+  std::vector<float> bias(kColumns), scale(kColumns), residual(kCount);
+  for (size_t i = 0; i < kCount; ++i) residual[i] = static_cast<float>(i % 7);
+  for (size_t i = 0; i < kColumns; ++i) {
+    bias[i] = static_cast<float>(i % 3);
+    scale[i] = 1.0f + static_cast<float>(i % 5);
+  }
+  const std::vector<float> sum(kCount, 3.0f);  // 0 + 1 + 2
+  std::vector<float> normed(kCount), hidden(kCount);
+  const void* const src[] = {sum.data()};
+  void* const normed_to[] = {normed.data()};
+  void* const hidden_to[] = {hidden.data()};
+  kernels::reduce_rms_norm({DType::kFloat32, 1, src, 1, normed_to, hidden_to, kRows, kColumns,
+                            bias.data(), residual.data(), scale.data(), 1e-5});
+  const Ranks ranks = make({1, 2});
+  run_clean(ranks, [&](Communicator& c) {
+    const int64_t shape[] = {kRows, kColumns};
+    const Signature s{.op = OpCode::kAllReduce, .dtype = DType::kFloat32, .shape = shape};
+    const std::vector<float> in(kCount, static_cast<float>(c.identity().rank));
+    std::vector<float> out(kCount), state(kCount);
+    c.all_reduce(s, in.data(), out.data(), kCount,
+                 {.bias = bias.data(),
+                  .columns = kColumns,
+                  .residual = residual.data(),
+                  .norm_weight = scale.data(),
+                  .eps = 1e-5,
+                  .hidden = state.data()},
+                 {});
+    CHECK(out == normed);
+    CHECK(state == hidden);
+    c.all_reduce(s, in.data(), out.data(), kCount,
+                 {.bias = bias.data(), .columns = kColumns, .residual = residual.data()}, {});
+    CHECK(out == hidden);
+  });
+}
+
 TEST(abort_and_leaving_end_every_rank_of_every_host) {
   const Ranks ranks = make({2, 2});
   const auto failures = run(ranks, [](Communicator& c) {
@@ -291,6 +420,62 @@ TEST(abort_and_leaving_end_every_rank_of_every_host) {
   for (size_t r = 0; r < 3; ++r) {
     CHECK(left[r].kind == FailureKind::kPeerLost);
     CHECK_EQ(left[r].peer, 3);
+  }
+}
+
+TEST(a_waiting_rank_is_watched_and_closed_by_another_thread) {
+  const Ranks ranks = make({2, 2});
+  const auto start = std::chrono::steady_clock::now();
+  const auto failures = run(ranks, [&](Communicator& c) {
+    if (c.identity().rank != 1) return c.barrier(0, {});
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    CHECK_EQ(ranks[0]->stats().collectives, uint64_t{1});
+    CHECK_EQ(ranks[0]->op_log().size(), size_t{1});
+    CHECK(!ranks[0]->failure());
+    ranks[0]->close();
+    c.barrier(0, {});
+  });
+  CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(5));
+  for (const FailureRecord& failure : failures) {
+    CHECK(failure.kind == FailureKind::kAborted);
+    CHECK_EQ(failure.peer, 0);
+    CHECK(failure.message.find("rank 0 closed the group while") != std::string::npos);
+  }
+}
+
+TEST(what_a_rank_throws_itself_reaches_the_others_in_its_words) {
+  const Ranks ranks = make({2, 2});
+  const auto failures = run(ranks, [](Communicator& c) {
+    if (c.identity().rank != 3) return c.barrier(0, {});
+    const std::vector<int64_t> counts(4, int64_t{1} << 60);  // no memory holds the sum
+    const int64_t shape[] = {int64_t{1} << 62};
+    c.reduce_scatter({.op = OpCode::kReduceScatter, .shape = shape, .sizes = counts}, nullptr,
+                     nullptr, counts, {});
+  });
+  CHECK(!failures[3].message.empty());
+  for (size_t r = 0; r < 3; ++r) {
+    CHECK(failures[r].kind == FailureKind::kError);
+    CHECK_EQ(failures[r].peer, 3);
+    CHECK(failures[r].message.find("rank 3 failed: " + failures[3].message) != std::string::npos);
+  }
+  CHECK(ranks[3]->failure()->kind == FailureKind::kError);
+}
+
+TEST(a_check_between_collectives_tells_of_a_rank_that_left_any_host) {
+  const Ranks ranks = make({2, 2});
+  run_clean(ranks, [](Communicator& c) {
+    c.barrier(0, {});
+    c.check();
+    c.barrier(0, {});
+  });
+  CHECK_EQ(ranks[0]->stats().late_share.size(), size_t{4});
+  ranks[3]->close();
+  for (size_t r = 0; r < 3; ++r) {
+    const auto failures = run({ranks[r]}, [](Communicator& c) { c.check(); });
+    CHECK(failures[0].kind == FailureKind::kPeerLost);
+    CHECK_EQ(failures[0].peer, 3);
+    CHECK(failures[0].message.find("rank 3 left the group") != std::string::npos ||
+          failures[0].message.find("rank 3 (pid ") != std::string::npos);
   }
 }
 
