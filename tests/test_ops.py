@@ -32,12 +32,13 @@ def samples(group: Group) -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "column_parallel_linear", (t(3, 6), t(mine, 6), t(mine), order, widths, name)
     yield "all_reduce", (t(7), order, "sum", name)
     yield "copy_to_ranks", (t(7), order, name)
-    yield "broadcast", (t(7), order, 0, name)
-    yield "all_gather", (t(3, mine), order, widths, -1, "replicated", name)
-    yield "all_gather", (t(3, 4), order, [4] * size, 1, "partial", name)
-    yield "reduce_scatter", (t(3, 4 * size), order, [4] * size, 1, "sum", name)
+    yield "broadcast", (t(7), order, 0, rank, name)
+    yield "all_gather", (t(3, mine), order, widths, -1, "replicated", rank, name)
+    yield "all_gather", (t(3, 4), order, [4] * size, 1, "partial", rank, name)
+    yield "reduce_scatter", (t(3, 4 * size), order, [4] * size, 1, "sum", rank, name)
+    yield "reduce_scatter", (t(sum(widths), 2), order, widths, 0, "avg", rank, name)
     ids = torch.tensor([[0, 1, sum(widths) - 1], [2, 3, 1]])
-    yield "vocab_parallel_embedding", (ids, t(mine, 3), order, widths, 2, name)
+    yield "vocab_parallel_embedding", (ids, t(mine, 3), order, widths, 2, rank, name)
     yield "all_reduce_", (torch.randn(7), order, "sum", name)
     yield "broadcast_", (torch.randn(7), order, 0, name)
     whole = torch.randn(sum(widths), 2)
@@ -127,7 +128,7 @@ def meta_shapes_need_no_group() -> dict[str, list[int]]:
             ops.column_parallel_linear(t(2, 4), t(7, 4), None, order, [7, 6], "tp:nowhere").shape
         ),
         "gather": list(
-            ops.all_gather(t(2, 4), order, [4, 6], -1, "replicated", "tp:nowhere").shape
+            ops.all_gather(t(2, 4), order, [4, 6], -1, "replicated", 0, "tp:nowhere").shape
         ),
     }
 

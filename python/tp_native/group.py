@@ -115,7 +115,7 @@ class Group:
         if self.size == 1:
             return t.detach().clone()
         cut = partition if partition is not None else Partition.even(t.size(dim), self.size)
-        return _ops.reduce_scatter(t.detach(), self.order, cut.sizes, dim, op, self.name)
+        return _ops.reduce_scatter(t.detach(), self.order, cut.sizes, dim, op, self.rank, self.name)
 
     def gather(
         self, t: Tensor, dst: int = 0, dim: int = 0, partition: Partition | None = None
@@ -513,7 +513,7 @@ def broadcast_tensor(t: Tensor, src_rank: int = 0, group: GroupLike | None = Non
     """
     g = current_group(group)
     g._check_rank("broadcast_tensor", "src_rank", src_rank)
-    return _ops.broadcast(t, g.order, src_rank, g.name) if g.size > 1 else t.clone()
+    return _ops.broadcast(t, g.order, src_rank, g.rank, g.name) if g.size > 1 else t.clone()
 
 
 def all_gather_tensor(
@@ -534,7 +534,7 @@ def all_gather_tensor(
     if g.size == 1:
         return t.clone()
     sizes = partition.sizes if partition is not None else (t.size(dim),) * g.size
-    return _ops.all_gather(t, g.order, sizes, dim, grad, g.name)
+    return _ops.all_gather(t, g.order, sizes, dim, grad, g.rank, g.name)
 
 
 def reduce_scatter_sum(
@@ -545,7 +545,7 @@ def reduce_scatter_sum(
     if g.size == 1:
         return t.clone()
     cut = partition if partition is not None else Partition.even(t.size(dim), g.size)
-    return _ops.reduce_scatter(t, g.order, cut.sizes, dim, "sum", g.name)
+    return _ops.reduce_scatter(t, g.order, cut.sizes, dim, "sum", g.rank, g.name)
 
 
 def synchronize_across_ranks(
