@@ -8,6 +8,7 @@
 
 #include <algorithm>
 
+#include "ops/add_rms_norm.h"
 #include "ops/schema.h"
 #include "ops/tensors.h"
 
@@ -308,11 +309,8 @@ std::tuple<Tensor, Tensor> linear_add_rms_norm(const Tensor& x, const Tensor& we
     at::AutoDispatchBelowADInplaceOrView guard;
     return kOp.call(x, weight, bias, residual, norm_weight, eps, order, sizes, group);
   }
-  const Tensor hidden = residual.add(linear<true>(x, weight, bias, order, sizes, group));
-  const bool is_half = hidden.scalar_type() == at::kHalf || hidden.scalar_type() == at::kBFloat16;
-  const Tensor wide = is_half ? hidden.to(at::kFloat) : hidden;
-  const Tensor scale = wide.square().mean(-1, true).add(eps).rsqrt();
-  return {wide.mul(scale).to(hidden.scalar_type()).mul(norm_weight), hidden};
+  return add_rms_norm(linear<true>(x, weight, bias, order, sizes, group), residual, norm_weight,
+                      eps);
 }
 
 Tensor vocab_parallel_embedding(const Tensor& ids, const Tensor& weight, const Tensor& order,
