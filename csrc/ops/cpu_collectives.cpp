@@ -212,8 +212,11 @@ void scatter_into(const Tensor& t, const Tensor&, const Tensor& out, Sizes symbo
   bump_version(out);
 }
 
-Tensor make_empty_shared(at::IntArrayRef shape, at::ScalarType dtype, std::string_view group) {
-  return empty_shared(*comm::find_communicator(group), shape, at::TensorOptions().dtype(dtype));
+/// With `order`, although it sends nothing: compilers must not make one tensor of two of a shape.
+Tensor make_empty_shared(const Tensor& order, Sizes symbolic, at::ScalarType dtype,
+                         std::string_view group) {
+  return empty_shared(*comm::find_communicator(group), C10_AS_INTARRAYREF_SLOW(symbolic),
+                      order.options().dtype(dtype));
 }
 
 TORCH_LIBRARY_IMPL(tp_native, CPU, m) {
@@ -226,9 +229,6 @@ TORCH_LIBRARY_IMPL(tp_native, CPU, m) {
   m.impl("reduce_scatter", &reduce_scatter);
   m.impl("gather_into", &gather_into);
   m.impl("scatter_into", &scatter_into);
-}
-
-TORCH_LIBRARY_IMPL(tp_native, CompositeExplicitAutograd, m) {
   m.impl("empty_shared", &make_empty_shared);
 }
 

@@ -49,6 +49,10 @@ Tensor reduce_scatter(const Tensor& t, const Tensor&, Sizes sizes, int64_t dim, 
   return at::empty_symint(shape, t.options());
 }
 
+Tensor empty_shared(const Tensor& order, Sizes shape, at::ScalarType dtype, std::string_view) {
+  return at::empty_symint(shape, order.options().dtype(dtype));
+}
+
 Tensor parallel_linear(const Tensor& x, const Tensor& weight, const OptionalTensor&, const Tensor&,
                        Sizes, std::string_view) {
   check_device("parallel linear", x, weight);
@@ -81,6 +85,7 @@ TORCH_LIBRARY_IMPL(tp_native, Meta, m) {
   m.impl("reduce_scatter", &reduce_scatter);
   m.impl("gather_into", &move_into);
   m.impl("scatter_into", &move_into);
+  m.impl("empty_shared", &empty_shared);
   m.impl("row_parallel_linear", &parallel_linear);
   m.impl("column_parallel_linear", &parallel_linear);
   m.impl("row_parallel_linear_add_rms_norm", &linear_add_rms_norm);

@@ -38,5 +38,5 @@ TORCH_LIBRARY(tp_native, m) {
   m.def(
       "vocab_parallel_embedding(Tensor ids, Tensor weight, Tensor(a!) order, SymInt[] sizes, int "
       "padding_idx, int rank, str group) -> Tensor");
-  m.def("empty_shared(int[] shape, ScalarType dtype, str group) -> Tensor");
+  m.def("empty_shared(Tensor(a!) order, SymInt[] shape, ScalarType dtype, str group) -> Tensor");
 }

@@ -140,7 +140,7 @@ def vocab_parallel_embedding(
     return out
 
 
-def empty_shared(shape: Sequence[int], dtype: torch.dtype, group: str) -> Tensor:
+def empty_shared(order: Tensor, shape: Sequence[int], dtype: torch.dtype, group: str) -> Tensor:
     """An uninitialised tensor in the group's shared memory."""
-    out: Tensor = _empty_shared(shape, dtype, group)
+    out: Tensor = _empty_shared(order, shape, dtype, group)
     return out

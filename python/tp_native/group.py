@@ -191,7 +191,7 @@ class Group:
         """An uninitialised tensor in shared memory: collectives on it copy nothing."""
         if self.size == 1:
             return torch.empty(shape, dtype=dtype)
-        return _ops.empty_shared(shape, dtype, self.name)
+        return _ops.empty_shared(self.order, shape, dtype, self.name)
 
     # -- life
 
