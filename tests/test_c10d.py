@@ -226,6 +226,46 @@ UNLIKE = [
 ]
 
 
+def compiles_over_torchs_groups(group: Group) -> None:
+    mesh = init_device_mesh("cpu", (group.size,), mesh_dim_names=("tp",))
+    pg = dist.new_group(list(range(group.size)))
+    for over in (mesh, pg):
+        torch._dynamo.reset()
+
+        def run(x: torch.Tensor, over: Any = over) -> torch.Tensor:
+            y = tp.all_gather_tensor(tp.all_reduce_sum(x * 2, over), 0, over)
+            return tp.broadcast_tensor(y, 0, over)
+
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+        for _ in range(2):  # the first call makes the group
+            x = torch.ones(3, requires_grad=True)
+            y = compiled(x)
+            assert torch.equal(y, torch.full((3 * group.size,), 2.0 * group.size))
+            y.sum().backward()
+            found = x.grad
+            x.grad = None
+            run(x).sum().backward()
+            assert found is not None and torch.equal(found, x.grad)
+    assert tp.current_group(pg) is not tp.current_group(mesh)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_process_groups_and_meshes_compile(worlds: dict[int, World], size: int) -> None:
+    worlds[size].run(compiles_over_torchs_groups)
+
+
+def test_a_forked_child_makes_its_own_group_over_a_process_group(
+    alone: dist.ProcessGroup,
+) -> None:
+    group = tp.current_group(alone)
+    pid = os.fork()
+    if pid == 0:
+        os._exit(7 if tp.current_group(alone) is not group else 8)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    assert tp.current_group(alone) is group
+    group.close()
+
+
 def mismatches(group: Group, pairs: list[tuple[str, str]]) -> None:
     for pair in pairs:
         fresh = tp.current_group(dist.new_group())

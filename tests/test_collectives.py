@@ -215,8 +215,9 @@ def refuses_gradients(group: Group) -> None:
         group.all_reduce_(x)
     with pytest.raises(RuntimeError, match="use broadcast_tensor"):
         group.broadcast_(x)
-    with pytest.raises(NotImplementedError, match="no gradient"):
-        torch.ops.tp_native.all_reduce(x, group.order, "max", group.name)
+    for op in ("max", "avg"):
+        with pytest.raises(NotImplementedError, match="no gradient"):
+            torch.ops.tp_native.all_reduce(x, group.order, op, group.name)
     with torch.no_grad():
         group.all_reduce_(x)
     assert torch.equal(x, torch.full((3,), 2.0))
@@ -253,6 +254,18 @@ def bad_arguments(group: Group) -> None:
         group.scatter(t, None if group.rank == 0 else t, 0)
     with pytest.raises(IndexError, match="no dimensions"):
         group.all_gather(torch.tensor(1.0), 0)
+    ops, other = torch.ops.tp_native, 1 - group.rank  # what a graph traced on another rank calls
+    table, ids = torch.ones(2, 3), torch.tensor([0])
+    for call in (
+        lambda: ops.broadcast(t, group.order, 0, other, group.name),
+        lambda: ops.all_gather(t, group.order, [4, 4], 0, "partial", other, group.name),
+        lambda: ops.reduce_scatter(t, group.order, [2, 2], 0, "sum", other, group.name),
+        lambda: ops.vocab_parallel_embedding(
+            ids, table, group.order, [2, 2], -1, other, group.name
+        ),
+    ):
+        with pytest.raises(ValueError, match=rf"called as rank {other} of group tp:0"):
+            call()
     assert torch.equal(
         group.all_reduce_(t), torch.full((4,), 2.0)
     )  # nothing was sent, nothing is lost

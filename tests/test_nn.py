@@ -383,3 +383,69 @@ def differentiates_add_rms_norm(group: Group) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_residual_and_norm_have_the_dense_gradients(world_size: int) -> None:
     run_ranks(differentiates_add_rms_norm, world_size)
+
+
+def runs_under_autocast(group: Group, is_compiled: bool) -> None:
+    """Column, activation, row, residual and norm in float32 under autocast, beside dense layers."""
+    torch._dynamo.reset()
+    generator = torch.Generator().manual_seed(17)  # thread ranks share torch's
+    up, down = nn.Linear(8, 12), nn.Linear(12, 8)
+    with torch.no_grad():
+        for parameter in (*up.parameters(), *down.parameters()):
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
+    widths = [12 - (group.size - 1) * 3] + [3] * (group.size - 1)
+    cut = tp.Partition.from_sizes(widths)
+    column = ColumnParallelLinear.from_linear(up, group=group, partition=cut)
+    row = RowParallelLinear.from_linear(down, group=group, partition=cut)
+    scale = torch.randn(8, generator=generator)
+    data = torch.randn(5, 8, generator=generator)
+
+    def sharded(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        y = row(torch.relu(column(x)))
+        normed, hidden = row.forward_add_rms_norm(torch.relu(column(x)), x, scale)
+        return column(x), y, normed, hidden
+
+    def dense(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        y = down(torch.relu(up(x)))
+        hidden = x + y
+        norm = (hidden.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+        return up(x)[..., cut.slice(group.rank)], y, hidden * norm * scale, hidden
+
+    def run(fn: Any) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        x, norm_weight = data.clone().requires_grad_(), scale.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            values = fn(x, norm_weight)
+        sum(v.float().square().sum() for v in values[1:]).backward()  # type: ignore[union-attr]
+        assert x.grad is not None and norm_weight.grad is not None
+        return values, [x.grad, norm_weight.grad]
+
+    values, grads = run(
+        torch.compile(sharded, fullgraph=True, backend="aot_eager") if is_compiled else sharded
+    )
+    wanted, wanted_grads = run(dense)
+    assert [v.dtype for v in values] == [v.dtype for v in wanted]
+    assert [v.dtype for v in values] == [torch.bfloat16] * 2 + [torch.float32] * 2
+    mine = cut.slice(group.rank)
+    assert up.weight.grad is not None and down.weight.grad is not None
+    grads += [p.grad for p in (column.weight, column.bias, row.weight, row.bias)]  # type: ignore[union-attr, misc]
+    wanted_grads += [up.weight.grad[mine], up.bias.grad[mine]]  # type: ignore[index]
+    wanted_grads += [down.weight.grad[:, mine], down.bias.grad]  # type: ignore[list-item]
+    for found, expected in zip((*values, *grads), (*wanted, *wanted_grads), strict=True):
+        assert found.dtype == expected.dtype
+        # sums of summands rounded to bfloat16 (2**-8) on each rank
+        assert relative_error(found, expected) <= 2**-5
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for found, trained in zip(sharded(data, scale), values, strict=True):
+            assert torch.equal(found, trained)  # the same steps without gradients
+        half = row.forward_add_rms_norm(torch.relu(column(data)), data.bfloat16(), scale.bfloat16())
+        assert [t.dtype for t in half] == [torch.bfloat16] * 2
+    with torch.autocast("cpu", torch.bfloat16):  # float64 is left alone, as F.linear leaves it
+        wide = column.double()(data.double())
+        wide.sum().backward()
+        assert wide.dtype == torch.float64
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_autocast_casts_as_it_does_for_dense_layers(world_size: int, is_compiled: bool) -> None:
+    run_ranks(runs_under_autocast, world_size, is_compiled)

@@ -32,12 +32,13 @@ def samples(group: Group) -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "column_parallel_linear", (t(3, 6), t(mine, 6), t(mine), order, widths, name)
     yield "all_reduce", (t(7), order, "sum", name)
     yield "copy_to_ranks", (t(7), order, name)
-    yield "broadcast", (t(7), order, 0, name)
-    yield "all_gather", (t(3, mine), order, widths, -1, "replicated", name)
-    yield "all_gather", (t(3, 4), order, [4] * size, 1, "partial", name)
-    yield "reduce_scatter", (t(3, 4 * size), order, [4] * size, 1, "sum", name)
+    yield "broadcast", (t(7), order, 0, rank, name)
+    yield "all_gather", (t(3, mine), order, widths, -1, "replicated", rank, name)
+    yield "all_gather", (t(3, 4), order, [4] * size, 1, "partial", rank, name)
+    yield "reduce_scatter", (t(3, 4 * size), order, [4] * size, 1, "sum", rank, name)
+    yield "reduce_scatter", (t(sum(widths), 2), order, widths, 0, "avg", rank, name)
     ids = torch.tensor([[0, 1, sum(widths) - 1], [2, 3, 1]])
-    yield "vocab_parallel_embedding", (ids, t(mine, 3), order, widths, 2, name)
+    yield "vocab_parallel_embedding", (ids, t(mine, 3), order, widths, 2, rank, name)
     yield "all_reduce_", (torch.randn(7), order, "sum", name)
     yield "broadcast_", (torch.randn(7), order, 0, name)
     whole = torch.randn(sum(widths), 2)
@@ -46,7 +47,12 @@ def samples(group: Group) -> Iterator[tuple[str, tuple[Any, ...]]]:
 
 
 def passes_opcheck(group: Group) -> set[str]:
-    seen = set()
+    torch.library.opcheck(  # its values are undefined: nothing to compare but shape, dtype, strides
+        torch.ops.tp_native.empty_shared.default,
+        (group.order, [3, 4], torch.bfloat16, group.name),
+        test_utils=("test_autograd_registration", "test_faketensor"),
+    )
+    seen = {"empty_shared"}
     for op, args in samples(group):
         torch.library.opcheck(getattr(torch.ops.tp_native, op).default, args)
         seen.add(op)
@@ -57,7 +63,6 @@ def passes_opcheck(group: Group) -> set[str]:
 def test_every_op_passes_opcheck_in_lockstep(world_size: int) -> None:
     schemas = [s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("tp_native::")]
     every = {name.removeprefix("tp_native::") for name in schemas} - {
-        "empty_shared",
         "join_c10d",
         "join_hosts",
     }  # take no tensor
@@ -112,6 +117,30 @@ def test_two_paired_linears_compile_to_one_full_graph() -> None:
     )  # one forward, one backward a pair: none lost, none doubled
 
 
+def allocates_in_a_graph(group: Group, backend: str) -> None:
+    torch._dynamo.reset()
+
+    def run(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        first = group.empty_shared(*x.shape, dtype=torch.float64)
+        second = group.empty_shared(*x.shape, dtype=torch.float64)
+        third = group.empty_shared(x.shape[0], 2)
+        return group.all_reduce_(first.copy_(x)), second, third.zero_()
+
+    compiled = torch.compile(run, fullgraph=True, backend=backend)
+    for rows in (3, 5, 6):  # the second shape makes the size symbolic
+        first, second, third = compiled(torch.ones(rows, 4))
+        second.fill_(-1.0)  # no compiler made one tensor of the two
+        assert torch.equal(first, torch.full((rows, 4), group.size, dtype=torch.float64))
+        assert torch.equal(third, torch.zeros(rows, 2))
+        assert second.dtype == torch.float64
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.soak)])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_empty_shared_compiles(world_size: int, backend: str) -> None:
+    run_ranks(allocates_in_a_graph, world_size, backend)
+
+
 def meta_shapes_need_no_group() -> dict[str, list[int]]:
     ops = torch.ops.tp_native
     order = torch.empty(1, dtype=torch.int64, device="meta")
@@ -127,7 +156,7 @@ def meta_shapes_need_no_group() -> dict[str, list[int]]:
             ops.column_parallel_linear(t(2, 4), t(7, 4), None, order, [7, 6], "tp:nowhere").shape
         ),
         "gather": list(
-            ops.all_gather(t(2, 4), order, [4, 6], -1, "replicated", "tp:nowhere").shape
+            ops.all_gather(t(2, 4), order, [4, 6], -1, "replicated", 0, "tp:nowhere").shape
         ),
     }
 

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 
+#include "ops/add_rms_norm.h"
 #include "ops/schema.h"
 #include "ops/tensors.h"
 
@@ -38,17 +39,23 @@ Tensor order_of(AutogradContext* ctx) { return ctx->saved_data["order"].toTensor
 std::string group_of(AutogradContext* ctx) { return ctx->saved_data["group"].toStringRef(); }
 Tensor none() { return {}; }
 
+/// Where rank `rank`'s part begins. `rank` is an argument of the op, never looked up: a look-up
+/// here would be traced into a graph that other ranks find in the compiler's cache.
+c10::SymInt offset_of(int64_t rank, const std::vector<c10::SymInt>& sizes) {
+  c10::SymInt first = 0;
+  for (int64_t r = 0; r < rank; ++r) first = first + sizes.at(r);
+  return first;
+}
+
 struct AllReduceFunction : Function<AllReduceFunction> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& t, const Tensor& order, std::string op,
+  static Tensor forward(AutogradContext*, const Tensor& t, const Tensor& order, std::string op,
                         std::string group) {
-    ctx->saved_data["divisor"] = op == "avg" ? comm::find_communicator(group)->identity().size : 1;
     static const auto kOp = find_op<AllReduce>("tp_native::all_reduce");
     at::AutoDispatchBelowADInplaceOrView guard;
     return kOp.call(t, order, op, group);
   }
-  static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    const int64_t divisor = ctx->saved_data["divisor"].toInt();
-    return {divisor == 1 ? grads[0] : grads[0].div(divisor), none(), none(), none()};
+  static variable_list backward(AutogradContext*, variable_list grads) {
+    return {grads[0], none(), none(), none()};
   }
 };
 
@@ -68,37 +75,36 @@ struct CopyToRanksFunction : Function<CopyToRanksFunction> {
 
 struct BroadcastFunction : Function<BroadcastFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& t, const Tensor& order, int64_t src,
-                        std::string group) {
+                        int64_t rank, std::string group) {
     save_order(ctx, order, group);
-    ctx->saved_data["is_src"] = comm::find_communicator(group)->identity().rank == src;
+    ctx->saved_data["is_src"] = rank == src;
     static const auto kOp = find_op<Broadcast>("tp_native::broadcast");
     at::AutoDispatchBelowADInplaceOrView guard;
-    return kOp.call(t, order, src, group);
+    return kOp.call(t, order, src, rank, group);
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     static const auto kOp = find_op<AllReduce>("tp_native::all_reduce");
     const Tensor sum = kOp.call(grads[0], order_of(ctx), "sum", group_of(ctx));
-    return {ctx->saved_data["is_src"].toBool() ? sum : at::zeros_like(sum), none(), none(), none()};
+    return {ctx->saved_data["is_src"].toBool() ? sum : at::zeros_like(sum), none(), none(), none(),
+            none()};
   }
 };
 
 struct AllGatherFunction : Function<AllGatherFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& t, const Tensor& order,
-                        std::vector<c10::SymInt> sizes, int64_t dim, std::string grad,
+                        std::vector<c10::SymInt> sizes, int64_t dim, std::string grad, int64_t rank,
                         std::string group) {
     save_order(ctx, order, group);
     dim = dim < 0 ? dim + t.dim() : dim;
-    const int rank = comm::find_communicator(group)->identity().rank;
-    c10::SymInt first = 0;
-    for (int r = 0; r < rank; ++r) first = first + sizes.at(r);
+    ctx->saved_data["rank"] = rank;
     ctx->saved_data["is_partial"] = grad == "partial";
     ctx->saved_data["dim"] = dim;
-    ctx->saved_data["first"] = first;
+    ctx->saved_data["first"] = offset_of(rank, sizes);
     ctx->saved_data["local"] = t.sym_size(dim);
     ctx->saved_data["sizes"] = c10::IValue(sizes);
     static const auto kOp = find_op<AllGather>("tp_native::all_gather");
     at::AutoDispatchBelowADInplaceOrView guard;
-    return kOp.call(t, order, sizes, dim, grad, group);
+    return kOp.call(t, order, sizes, dim, grad, rank, group);
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const int64_t dim = ctx->saved_data["dim"].toInt();
@@ -106,34 +112,37 @@ struct AllGatherFunction : Function<AllGatherFunction> {
     if (ctx->saved_data["is_partial"].toBool()) {
       static const auto kOp = find_op<ReduceScatter>("tp_native::reduce_scatter");
       const auto sizes = ctx->saved_data["sizes"].toSymIntVector();
-      grad = kOp.call(grads[0], order_of(ctx), sizes, dim, "sum", group_of(ctx));
+      grad = kOp.call(grads[0], order_of(ctx), sizes, dim, "sum", ctx->saved_data["rank"].toInt(),
+                      group_of(ctx));
     } else {
       grad = grads[0].narrow_symint(dim, ctx->saved_data["first"].toSymInt(),
                                     ctx->saved_data["local"].toSymInt());
     }
-    return {grad, none(), none(), none(), none(), none()};
+    return {grad, none(), none(), none(), none(), none(), none()};
   }
 };
 
 struct ReduceScatterFunction : Function<ReduceScatterFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& t, const Tensor& order,
-                        std::vector<c10::SymInt> sizes, int64_t dim, std::string op,
+                        std::vector<c10::SymInt> sizes, int64_t dim, std::string op, int64_t rank,
                         std::string group) {
     save_order(ctx, order, group);
+    ctx->saved_data["rank"] = rank;
     ctx->saved_data["dim"] = dim < 0 ? dim + t.dim() : dim;
     ctx->saved_data["sizes"] = c10::IValue(sizes);
     ctx->saved_data["divisor"] = op == "avg" ? static_cast<int64_t>(sizes.size()) : 1;
     static const auto kOp = find_op<ReduceScatter>("tp_native::reduce_scatter");
     at::AutoDispatchBelowADInplaceOrView guard;
-    return kOp.call(t, order, sizes, dim, op, group);
+    return kOp.call(t, order, sizes, dim, op, rank, group);
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     static const auto kOp = find_op<AllGather>("tp_native::all_gather");
     const int64_t divisor = ctx->saved_data["divisor"].toInt();
     const auto sizes = ctx->saved_data["sizes"].toSymIntVector();
     const Tensor whole = kOp.call(grads[0], order_of(ctx), sizes, ctx->saved_data["dim"].toInt(),
-                                  "replicated", group_of(ctx));
-    return {divisor == 1 ? whole : whole.div(divisor), none(), none(), none(), none(), none()};
+                                  "replicated", ctx->saved_data["rank"].toInt(), group_of(ctx));
+    return {
+        divisor == 1 ? whole : whole.div(divisor), none(), none(), none(), none(), none(), none()};
   }
 };
 
@@ -179,17 +188,14 @@ struct LinearFunction : Function<LinearFunction<kReduced>> {
 struct EmbeddingFunction : Function<EmbeddingFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& ids, const Tensor& weight,
                         const Tensor& order, std::vector<c10::SymInt> sizes, int64_t padding_idx,
-                        std::string group) {
-    const int rank = comm::find_communicator(group)->identity().rank;
-    c10::SymInt first = 0;
-    for (int r = 0; r < rank; ++r) first = first + sizes.at(r);
+                        int64_t rank, std::string group) {
     ctx->save_for_backward({ids});
-    ctx->saved_data["first"] = first;
+    ctx->saved_data["first"] = offset_of(rank, sizes);
     ctx->saved_data["local"] = weight.sym_size(0);
     ctx->saved_data["padding_idx"] = padding_idx;
     static const auto kOp = find_op<VocabParallelEmbedding>("tp_native::vocab_parallel_embedding");
     at::AutoDispatchBelowADInplaceOrView guard;
-    return kOp.call(ids, weight, order, sizes, padding_idx, group);
+    return kOp.call(ids, weight, order, sizes, padding_idx, rank, group);
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const Tensor ids = ctx->get_saved_variables()[0];
@@ -202,7 +208,7 @@ struct EmbeddingFunction : Function<EmbeddingFunction> {
     const Tensor index = row.masked_fill(is_foreign, local);
     const Tensor grad =
         at::embedding_dense_backward_symint(grads[0], index, local + 1, local, false);
-    return {none(), grad.narrow_symint(0, 0, local), none(), none(), none(), none()};
+    return {none(), grad.narrow_symint(0, 0, local), none(), none(), none(), none(), none()};
   }
 };
 
@@ -243,8 +249,8 @@ Tensor below(const Args&... args) {
 Tensor all_reduce(const Tensor& t, const Tensor& order, std::string_view op,
                   std::string_view group) {
   if (!needs_grad(t)) return below<AllReduce, "tp_native::all_reduce">(t, order, op, group);
-  TORCH_CHECK_NOT_IMPLEMENTED(op == "sum" || op == "avg", "all_reduce \"", op,
-                              "\" has no gradient: detach the input");
+  TORCH_CHECK_NOT_IMPLEMENTED(op == "sum", "all_reduce \"", op,
+                              "\" has no gradient: detach the input, or use \"sum\"");
   return AllReduceFunction::apply(t, order, std::string(op), std::string(group));
 }
 
@@ -253,28 +259,29 @@ Tensor copy_to_ranks(const Tensor& t, const Tensor& order, std::string_view grou
   return CopyToRanksFunction::apply(t, order, std::string(group));
 }
 
-Tensor broadcast(const Tensor& t, const Tensor& order, int64_t src, std::string_view group) {
-  if (!needs_grad(t)) return below<Broadcast, "tp_native::broadcast">(t, order, src, group);
-  return BroadcastFunction::apply(t, order, src, std::string(group));
+Tensor broadcast(const Tensor& t, const Tensor& order, int64_t src, int64_t rank,
+                 std::string_view group) {
+  if (!needs_grad(t)) return below<Broadcast, "tp_native::broadcast">(t, order, src, rank, group);
+  return BroadcastFunction::apply(t, order, src, rank, std::string(group));
 }
 
 Tensor all_gather(const Tensor& t, const Tensor& order, Sizes sizes, int64_t dim,
-                  std::string_view grad, std::string_view group) {
+                  std::string_view grad, int64_t rank, std::string_view group) {
   TORCH_CHECK_VALUE(grad == "replicated" || grad == "partial", "all_gather: grad \"", grad,
                     "\": expected \"replicated\" or \"partial\"");
   if (!needs_grad(t))
-    return below<AllGather, "tp_native::all_gather">(t, order, sizes, dim, grad, group);
-  return AllGatherFunction::apply(t, order, sizes.vec(), dim, std::string(grad),
+    return below<AllGather, "tp_native::all_gather">(t, order, sizes, dim, grad, rank, group);
+  return AllGatherFunction::apply(t, order, sizes.vec(), dim, std::string(grad), rank,
                                   std::string(group));
 }
 
 Tensor reduce_scatter(const Tensor& t, const Tensor& order, Sizes sizes, int64_t dim,
-                      std::string_view op, std::string_view group) {
+                      std::string_view op, int64_t rank, std::string_view group) {
   if (!needs_grad(t))
-    return below<ReduceScatter, "tp_native::reduce_scatter">(t, order, sizes, dim, op, group);
+    return below<ReduceScatter, "tp_native::reduce_scatter">(t, order, sizes, dim, op, rank, group);
   TORCH_CHECK_NOT_IMPLEMENTED(op == "sum" || op == "avg", "reduce_scatter \"", op,
                               "\" has no gradient: detach the input");
-  return ReduceScatterFunction::apply(t, order, sizes.vec(), dim, std::string(op),
+  return ReduceScatterFunction::apply(t, order, sizes.vec(), dim, std::string(op), rank,
                                       std::string(group));
 }
 
@@ -302,20 +309,19 @@ std::tuple<Tensor, Tensor> linear_add_rms_norm(const Tensor& x, const Tensor& we
     at::AutoDispatchBelowADInplaceOrView guard;
     return kOp.call(x, weight, bias, residual, norm_weight, eps, order, sizes, group);
   }
-  const Tensor hidden = residual.add(linear<true>(x, weight, bias, order, sizes, group));
-  const bool is_half = hidden.scalar_type() == at::kHalf || hidden.scalar_type() == at::kBFloat16;
-  const Tensor wide = is_half ? hidden.to(at::kFloat) : hidden;
-  const Tensor scale = wide.square().mean(-1, true).add(eps).rsqrt();
-  return {wide.mul(scale).to(hidden.scalar_type()).mul(norm_weight), hidden};
+  return add_rms_norm(linear<true>(x, weight, bias, order, sizes, group), residual, norm_weight,
+                      eps);
 }
 
 Tensor vocab_parallel_embedding(const Tensor& ids, const Tensor& weight, const Tensor& order,
-                                Sizes sizes, int64_t padding_idx, std::string_view group) {
+                                Sizes sizes, int64_t padding_idx, int64_t rank,
+                                std::string_view group) {
   if (!needs_grad(weight)) {
     return below<VocabParallelEmbedding, "tp_native::vocab_parallel_embedding">(
-        ids, weight, order, sizes, padding_idx, group);
+        ids, weight, order, sizes, padding_idx, rank, group);
   }
-  return EmbeddingFunction::apply(ids, weight, order, sizes.vec(), padding_idx, std::string(group));
+  return EmbeddingFunction::apply(ids, weight, order, sizes.vec(), padding_idx, rank,
+                                  std::string(group));
 }
 
 TORCH_LIBRARY_IMPL(tp_native, Autograd, m) {

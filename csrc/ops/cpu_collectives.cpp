@@ -84,18 +84,21 @@ void broadcast_in_place(const Tensor& t, const Tensor&, int64_t src, std::string
   bump_version(t);
 }
 
-Tensor broadcast(const Tensor& t, const Tensor& order, int64_t src, std::string_view group) {
+Tensor broadcast(const Tensor& t, const Tensor& order, int64_t src, int64_t rank,
+                 std::string_view group) {
+  check_rank("broadcast", rank, comm::find_communicator(group)->identity());
   const Tensor out = t.clone(at::MemoryFormat::Contiguous);
   broadcast_in_place(out, order, src, group);
   return out;
 }
 
 Tensor all_gather(const Tensor& t, const Tensor&, Sizes symbolic, int64_t dim, std::string_view,
-                  std::string_view group) {
+                  int64_t rank, std::string_view group) {
   const auto communicator = comm::find_communicator(group);
   const comm::Identity& self = communicator->identity();
   const at::IntArrayRef sizes = C10_AS_INTARRAYREF_SLOW(symbolic);
   dim = wrap_dim("all_gather", t, dim);
+  check_rank("all_gather", rank, self);
   check_sizes("all_gather", sizes, self);
   TORCH_CHECK_VALUE(t.size(dim) == sizes[self.rank], "all_gather: dimension ", dim, " is ",
                     t.size(dim), " on rank ", self.rank, ", expected ", sizes[self.rank],
@@ -120,11 +123,12 @@ Tensor all_gather(const Tensor& t, const Tensor&, Sizes symbolic, int64_t dim, s
 }
 
 Tensor reduce_scatter(const Tensor& t, const Tensor&, Sizes symbolic, int64_t dim,
-                      std::string_view op, std::string_view group) {
+                      std::string_view op, int64_t rank, std::string_view group) {
   const auto communicator = comm::find_communicator(group);
   const comm::Identity& self = communicator->identity();
   const at::IntArrayRef sizes = C10_AS_INTARRAYREF_SLOW(symbolic);
   dim = wrap_dim("reduce_scatter", t, dim);
+  check_rank("reduce_scatter", rank, self);
   check_sizes("reduce_scatter", sizes, self);
   TORCH_CHECK_VALUE(t.size(dim) == c10::sum_integers(sizes), "reduce_scatter: dimension ", dim,
                     " is ", t.size(dim), ", the partition ", text_of(sizes), " adds up to ",
@@ -208,8 +212,11 @@ void scatter_into(const Tensor& t, const Tensor&, const Tensor& out, Sizes symbo
   bump_version(out);
 }
 
-Tensor make_empty_shared(at::IntArrayRef shape, at::ScalarType dtype, std::string_view group) {
-  return empty_shared(*comm::find_communicator(group), shape, at::TensorOptions().dtype(dtype));
+/// With `order`, although it sends nothing: compilers must not make one tensor of two of a shape.
+Tensor make_empty_shared(const Tensor& order, Sizes symbolic, at::ScalarType dtype,
+                         std::string_view group) {
+  return empty_shared(*comm::find_communicator(group), C10_AS_INTARRAYREF_SLOW(symbolic),
+                      order.options().dtype(dtype));
 }
 
 TORCH_LIBRARY_IMPL(tp_native, CPU, m) {
@@ -222,9 +229,6 @@ TORCH_LIBRARY_IMPL(tp_native, CPU, m) {
   m.impl("reduce_scatter", &reduce_scatter);
   m.impl("gather_into", &gather_into);
   m.impl("scatter_into", &scatter_into);
-}
-
-TORCH_LIBRARY_IMPL(tp_native, CompositeExplicitAutograd, m) {
   m.impl("empty_shared", &make_empty_shared);
 }
 

@@ -171,11 +171,12 @@ void gather_rows(const Tensor& ids, const Tensor& weight, const Tensor& out, int
 }
 
 Tensor vocab_parallel_embedding(const Tensor& ids, const Tensor& weight, const Tensor&,
-                                Sizes symbolic, int64_t, std::string_view group) {
+                                Sizes symbolic, int64_t, int64_t rank, std::string_view group) {
   constexpr const char* kOp = "vocab_parallel_embedding";
   const auto communicator = comm::find_communicator(group);
   const comm::Identity& self = communicator->identity();
   const at::IntArrayRef sizes = C10_AS_INTARRAYREF_SLOW(symbolic);
+  check_rank(kOp, rank, self);
   check_sizes(kOp, sizes, self);
   check_device(kOp, ids, weight);
   TORCH_CHECK_TYPE(ids.scalar_type() == at::kLong || ids.scalar_type() == at::kInt, kOp,

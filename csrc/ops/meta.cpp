@@ -31,29 +31,26 @@ Tensor all_reduce(const Tensor& t, const Tensor&, std::string_view, std::string_
   return same(t);
 }
 Tensor copy_to_ranks(const Tensor& t, const Tensor&, std::string_view) { return at::empty_like(t); }
-Tensor broadcast(const Tensor& t, const Tensor&, int64_t, std::string_view) { return same(t); }
+Tensor broadcast(const Tensor& t, const Tensor&, int64_t, int64_t, std::string_view) {
+  return same(t);
+}
 
 Tensor all_gather(const Tensor& t, const Tensor&, Sizes sizes, int64_t dim, std::string_view,
-                  std::string_view) {
+                  int64_t, std::string_view) {
   std::vector<c10::SymInt> shape = t.sym_sizes().vec();
   shape.at(dim < 0 ? dim + t.dim() : dim) = sum(sizes);
   return at::empty_symint(shape, t.options());
 }
 
-/// The width of one rank's part differs between ranks and only the group knows whose part this is:
-/// an unbacked size would be honest but useless to compilers, so even partitions are required where
-/// shapes are traced.
 Tensor reduce_scatter(const Tensor& t, const Tensor&, Sizes sizes, int64_t dim, std::string_view,
-                      std::string_view) {
-  for (const c10::SymInt& n : sizes) {
-    TORCH_CHECK_NOT_IMPLEMENTED(
-        n == sizes[0],
-        "reduce_scatter over an uneven partition cannot be traced: its shape "
-        "depends on the rank; call it outside torch.compile, or use an even partition");
-  }
+                      int64_t rank, std::string_view) {
   std::vector<c10::SymInt> shape = t.sym_sizes().vec();
-  shape.at(dim < 0 ? dim + t.dim() : dim) = sizes.empty() ? c10::SymInt(0) : sizes[0];
+  shape.at(dim < 0 ? dim + t.dim() : dim) = sizes.vec().at(rank);
   return at::empty_symint(shape, t.options());
+}
+
+Tensor empty_shared(const Tensor& order, Sizes shape, at::ScalarType dtype, std::string_view) {
+  return at::empty_symint(shape, order.options().dtype(dtype));
 }
 
 Tensor parallel_linear(const Tensor& x, const Tensor& weight, const OptionalTensor&, const Tensor&,
@@ -71,7 +68,7 @@ std::tuple<Tensor, Tensor> linear_add_rms_norm(const Tensor& x, const Tensor& we
 }
 
 Tensor vocab_parallel_embedding(const Tensor& ids, const Tensor& weight, const Tensor&, Sizes,
-                                int64_t, std::string_view) {
+                                int64_t, int64_t, std::string_view) {
   check_device("vocab_parallel_embedding", ids, weight);
   std::vector<c10::SymInt> shape = ids.sym_sizes().vec();
   shape.push_back(weight.sym_size(1));
@@ -88,6 +85,7 @@ TORCH_LIBRARY_IMPL(tp_native, Meta, m) {
   m.impl("reduce_scatter", &reduce_scatter);
   m.impl("gather_into", &move_into);
   m.impl("scatter_into", &move_into);
+  m.impl("empty_shared", &empty_shared);
   m.impl("row_parallel_linear", &parallel_linear);
   m.impl("column_parallel_linear", &parallel_linear);
   m.impl("row_parallel_linear_add_rms_norm", &linear_add_rms_norm);

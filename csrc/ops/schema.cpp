@@ -2,7 +2,9 @@
 // Every schema, written by hand. `order` is a one-element tensor of the group that every
 // communicating op claims to write: compilers then keep collectives, and keep them in the same
 // order on ranks whose shards differ (DESIGN.md 7). `sizes` is the partition of all ranks, so that
-// shapes follow without looking the group up.
+// shapes follow without looking the group up, and `rank` this process's place in it wherever the
+// result's shape or the backward depends on it: compiled graphs are cached by what they call, in a
+// folder that all ranks share.
 #include <torch/library.h>
 
 TORCH_LIBRARY(tp_native, m) {
@@ -10,13 +12,13 @@ TORCH_LIBRARY(tp_native, m) {
   m.def("broadcast_(Tensor(a!) t, Tensor(b!) order, int src, str group) -> ()");
   m.def("all_reduce(Tensor t, Tensor(a!) order, str op, str group) -> Tensor");
   m.def("copy_to_ranks(Tensor t, Tensor order, str group) -> Tensor");
-  m.def("broadcast(Tensor t, Tensor(a!) order, int src, str group) -> Tensor");
+  m.def("broadcast(Tensor t, Tensor(a!) order, int src, int rank, str group) -> Tensor");
   m.def(
-      "all_gather(Tensor t, Tensor(a!) order, SymInt[] sizes, int dim, str grad, str group) -> "
-      "Tensor");
+      "all_gather(Tensor t, Tensor(a!) order, SymInt[] sizes, int dim, str grad, int rank, str "
+      "group) -> Tensor");
   m.def(
-      "reduce_scatter(Tensor t, Tensor(a!) order, SymInt[] sizes, int dim, str op, str group) -> "
-      "Tensor");
+      "reduce_scatter(Tensor t, Tensor(a!) order, SymInt[] sizes, int dim, str op, int rank, str "
+      "group) -> Tensor");
   m.def(
       "gather_into(Tensor t, Tensor(a!) order, Tensor(b!) out, SymInt[] sizes, int dst, str group) "
       "-> ()");
@@ -35,7 +37,6 @@ TORCH_LIBRARY(tp_native, m) {
       "str group) -> Tensor");
   m.def(
       "vocab_parallel_embedding(Tensor ids, Tensor weight, Tensor(a!) order, SymInt[] sizes, int "
-      "padding_idx, str group) "
-      "-> Tensor");
-  m.def("empty_shared(int[] shape, ScalarType dtype, str group) -> Tensor");
+      "padding_idx, int rank, str group) -> Tensor");
+  m.def("empty_shared(Tensor(a!) order, SymInt[] shape, ScalarType dtype, str group) -> Tensor");
 }

@@ -21,11 +21,12 @@ using BroadcastInPlace = void(const Tensor& t, const Tensor& order, int64_t src,
 using AllReduce = Tensor(const Tensor& t, const Tensor& order, std::string_view op,
                          std::string_view group);
 using CopyToRanks = Tensor(const Tensor& t, const Tensor& order, std::string_view group);
-using Broadcast = Tensor(const Tensor& t, const Tensor& order, int64_t src, std::string_view group);
+using Broadcast = Tensor(const Tensor& t, const Tensor& order, int64_t src, int64_t rank,
+                         std::string_view group);
 using AllGather = Tensor(const Tensor& t, const Tensor& order, Sizes sizes, int64_t dim,
-                         std::string_view grad, std::string_view group);
+                         std::string_view grad, int64_t rank, std::string_view group);
 using ReduceScatter = Tensor(const Tensor& t, const Tensor& order, Sizes sizes, int64_t dim,
-                             std::string_view op, std::string_view group);
+                             std::string_view op, int64_t rank, std::string_view group);
 using ParallelLinear = Tensor(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                               const Tensor& order, Sizes sizes, std::string_view group);
 using LinearAddRmsNorm = std::tuple<Tensor, Tensor>(const Tensor& x, const Tensor& weight,
@@ -35,7 +36,8 @@ using LinearAddRmsNorm = std::tuple<Tensor, Tensor>(const Tensor& x, const Tenso
                                                     const Tensor& order, Sizes sizes,
                                                     std::string_view group);
 using VocabParallelEmbedding = Tensor(const Tensor& ids, const Tensor& weight, const Tensor& order,
-                                      Sizes sizes, int64_t padding_idx, std::string_view group);
+                                      Sizes sizes, int64_t padding_idx, int64_t rank,
+                                      std::string_view group);
 
 /// Raises ValueError where a layer's input and weight lie on different devices, fake and meta ones
 /// included.

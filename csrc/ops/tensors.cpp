@@ -71,6 +71,12 @@ std::pair<at::Tensor, at::Tensor> empty_shared_pair(comm::Communicator& communic
   return {part(0), part(bytes)};
 }
 
+void check_rank(const char* op, int64_t rank, const comm::Identity& group) {
+  TORCH_CHECK_VALUE(rank == group.rank, op, ": called as rank ", rank, " of group ", group.name,
+                    ", in which this process is rank ", group.rank,
+                    ": a graph that was compiled for another rank runs on that rank only");
+}
+
 void check_sizes(const char* op, at::IntArrayRef sizes, const comm::Identity& group) {
   TORCH_CHECK_VALUE(static_cast<int>(sizes.size()) == group.size, op, ": sizes ", text_of(sizes),
                     " has ", sizes.size(), " entries, expected one for each of the ", group.size,

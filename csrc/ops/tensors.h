@@ -27,6 +27,9 @@ std::pair<at::Tensor, at::Tensor> empty_shared_pair(comm::Communicator& communic
                                                     at::IntArrayRef shape,
                                                     const at::TensorOptions& options);
 
+/// Raises ValueError unless `rank`, which a graph was traced for, is this process's.
+void check_rank(const char* op, int64_t rank, const comm::Identity& group);
+
 /// Raises ValueError unless `sizes` has one entry per rank, none negative.
 void check_sizes(const char* op, at::IntArrayRef sizes, const comm::Identity& group);
 

@@ -1,7 +1,7 @@
 """Typed wrappers over ``torch.ops.tp_native``. Schemas, checks and gradients are in ``csrc/ops``.
 
-``order`` is the group's token (``Group.order``), ``sizes`` the partition of all ranks, ``group``
-the group's name.
+``order`` is the group's token (``Group.order``), ``sizes`` the partition of all ranks, ``rank``
+this rank in the group, ``group`` the group's name.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def broadcast_(t: Tensor, order: Tensor, src: int, group: str) -> None:
 
 
 def all_reduce(t: Tensor, order: Tensor, op: str, group: str) -> Tensor:
-    """Reduce over the group; backward: identity (sum), 1/size (avg), refused (max, min)."""
+    """Reduce over the group; backward: identity (sum), refused (avg, max, min)."""
     out: Tensor = _all_reduce(t, order, op, group)
     return out
 
@@ -54,27 +54,27 @@ def copy_to_ranks(t: Tensor, order: Tensor, group: str) -> Tensor:
     return out
 
 
-def broadcast(t: Tensor, order: Tensor, src: int, group: str) -> Tensor:
+def broadcast(t: Tensor, order: Tensor, src: int, rank: int, group: str) -> Tensor:
     """Rank ``src``'s tensor; backward: the sum to ``src``, zero elsewhere."""
-    out: Tensor = _broadcast(t, order, src, group)
+    out: Tensor = _broadcast(t, order, src, rank, group)
     return out
 
 
 def all_gather(
-    t: Tensor, order: Tensor, sizes: Sequence[int], dim: int, grad: str, group: str
+    t: Tensor, order: Tensor, sizes: Sequence[int], dim: int, grad: str, rank: int, group: str
 ) -> Tensor:
     """Concatenate along ``dim``; backward: this rank's slice ("replicated"), reduce-scatter
     ("partial").
     """
-    out: Tensor = _all_gather(t, order, sizes, dim, grad, group)
+    out: Tensor = _all_gather(t, order, sizes, dim, grad, rank, group)
     return out
 
 
 def reduce_scatter(
-    t: Tensor, order: Tensor, sizes: Sequence[int], dim: int, op: str, group: str
+    t: Tensor, order: Tensor, sizes: Sequence[int], dim: int, op: str, rank: int, group: str
 ) -> Tensor:
     """Reduce and keep this rank's part of ``dim``; backward: all-gather."""
-    out: Tensor = _reduce_scatter(t, order, sizes, dim, op, group)
+    out: Tensor = _reduce_scatter(t, order, sizes, dim, op, rank, group)
     return out
 
 
@@ -127,14 +127,20 @@ def column_parallel_linear(
 
 
 def vocab_parallel_embedding(
-    ids: Tensor, weight: Tensor, order: Tensor, sizes: Sequence[int], padding_idx: int, group: str
+    ids: Tensor,
+    weight: Tensor,
+    order: Tensor,
+    sizes: Sequence[int],
+    padding_idx: int,
+    rank: int,
+    group: str,
 ) -> Tensor:
     """Rows of a table cut by vocabulary; ``padding_idx`` -1: none."""
-    out: Tensor = _vocab_parallel_embedding(ids, weight, order, sizes, padding_idx, group)
+    out: Tensor = _vocab_parallel_embedding(ids, weight, order, sizes, padding_idx, rank, group)
     return out
 
 
-def empty_shared(shape: Sequence[int], dtype: torch.dtype, group: str) -> Tensor:
+def empty_shared(order: Tensor, shape: Sequence[int], dtype: torch.dtype, group: str) -> Tensor:
     """An uninitialised tensor in the group's shared memory."""
-    out: Tensor = _empty_shared(shape, dtype, group)
+    out: Tensor = _empty_shared(order, shape, dtype, group)
     return out

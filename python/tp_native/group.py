@@ -116,7 +116,7 @@ class Group:
         if self.size == 1:
             return t.detach().clone()
         cut = partition if partition is not None else Partition.even(t.size(dim), self.size)
-        return _ops.reduce_scatter(t.detach(), self.order, cut.sizes, dim, op, self.name)
+        return _ops.reduce_scatter(t.detach(), self.order, cut.sizes, dim, op, self.rank, self.name)
 
     def gather(
         self, t: Tensor, dst: int = 0, dim: int = 0, partition: Partition | None = None
@@ -192,7 +192,7 @@ class Group:
         """An uninitialised tensor in shared memory: collectives on it copy nothing."""
         if self.size == 1:
             return torch.empty(shape, dtype=dtype)
-        return _ops.empty_shared(shape, dtype, self.name)
+        return _ops.empty_shared(self.order, shape, dtype, self.name)
 
     # -- life
 
@@ -344,12 +344,28 @@ class _Process:
         self.starts = itertools.count()  # of groups over several hosts
         self.joined: dict[str, tuple[object, Group]] = {}  # by the process group's name
         self.joins: dict[str, int] = {}
+        self.inherited: list[object] = []  # kept: to end them is the parent's
+
+    def after_fork(self) -> None:
+        """In the child: a process group gets a group of its own there."""
+        self.inherited.append(self.joined)
+        self.joined = {}
 
     def over(self, group: object, config: TensorParallelConfig | None = None) -> Group:
         """The group over a process group or mesh of torch.distributed's, made on first use."""
         ranks = c10d.process_group(group)
         known, made = self.joined.get(ranks.group_name, (None, None))
-        if made is not None and known is ranks and made._pid == os.getpid():
+        if made is not None and known is ranks:
+            return made
+        return self.join(ranks.group_name, timeout_s)
+
+    def join(self, group_name: str, timeout_s: float) -> Group:
+        """Make it, in place of an earlier one of the same name."""
+        # by name, and looked for again: while a compiler traces, `over` has a stand-in of the
+        # process group and `joined` as it was at the start
+        ranks: dist.ProcessGroup = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[attr-defined, arg-type]
+        known, made = self.joined.get(ranks.group_name, (None, None))
+        if made is not None and known is ranks:
             return made
         if made is not None:  # the name's former owner was destroyed
             made.close()
@@ -381,11 +397,15 @@ class _Process:
             self.group.close()
 
 
+# torch.compile calls it where it meets it, as torch.compiler.assume_constant_result asks; that one
+# imports the compiler
+_Process.join._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _process = _Process()
 _override: contextvars.ContextVar[Group | None] = contextvars.ContextVar(
     "tp_native_group", default=None
 )
 atexit.register(_process.close)
+os.register_at_fork(after_in_child=_process.after_fork)
 
 
 GroupLike = Group | dist.ProcessGroup | DeviceMesh
@@ -524,8 +544,9 @@ def broadcast_tensor(t: Tensor, src_rank: int = 0, group: GroupLike | None = Non
     zero elsewhere.
     """
     g = current_group(group)
-    g._check_rank("broadcast_tensor", "src_rank", src_rank)
-    return _ops.broadcast(t, g.order, src_rank, g.name) if g.size > 1 else t.clone()
+    # not g._check_rank: compilers know no method of a group that they made while tracing
+    Group._check_rank(g, "broadcast_tensor", "src_rank", src_rank)
+    return _ops.broadcast(t, g.order, src_rank, g.rank, g.name) if g.size > 1 else t.clone()
 
 
 def all_gather_tensor(
@@ -546,7 +567,7 @@ def all_gather_tensor(
     if g.size == 1:
         return t.clone()
     sizes = partition.sizes if partition is not None else (t.size(dim),) * g.size
-    return _ops.all_gather(t, g.order, sizes, dim, grad, g.name)
+    return _ops.all_gather(t, g.order, sizes, dim, grad, g.rank, g.name)
 
 
 def reduce_scatter_sum(
@@ -557,7 +578,7 @@ def reduce_scatter_sum(
     if g.size == 1:
         return t.clone()
     cut = partition if partition is not None else Partition.even(t.size(dim), g.size)
-    return _ops.reduce_scatter(t, g.order, cut.sizes, dim, "sum", g.name)
+    return _ops.reduce_scatter(t, g.order, cut.sizes, dim, "sum", g.rank, g.name)
 
 
 def synchronize_across_ranks(

@@ -88,7 +88,13 @@ class VocabParallelEmbedding(ShardedModule):
             return F.embedding(ids, self.weight, self.padding_idx)
         padding_idx = -1 if self.padding_idx is None else self.padding_idx
         return _ops.vocab_parallel_embedding(
-            ids, self.weight, self.group.order, self.partition.sizes, padding_idx, self.group.name
+            ids,
+            self.weight,
+            self.group.order,
+            self.partition.sizes,
+            padding_idx,
+            self.group.rank,
+            self.group.name,
         )
 
     def extra_repr(self) -> str:

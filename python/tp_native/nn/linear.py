@@ -274,6 +274,8 @@ class RowParallelLinear(_ParallelLinear):
         ``normed = hidden / sqrt(mean(hidden**2) + eps) * norm_weight`` over the last dimension, the
         bits that the steps have one by one in ``hidden``; without gradients all of it runs in the
         pass that sums the ranks' products. ``residual`` and ``norm_weight`` are equal on all ranks.
+        Under ``torch.autocast`` the layer's product has autocast's dtype; ``residual`` and
+        ``norm_weight`` are not cast, so a float32 residual gives a float32 ``hidden``.
         Source: Zhang & Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467.
         """
         if not self.reduce_results or self.skip_bias_add:
