@@ -357,9 +357,9 @@ class _Process:
         known, made = self.joined.get(ranks.group_name, (None, None))
         if made is not None and known is ranks:
             return made
-        return self.join(ranks.group_name, timeout_s)
+        return self.join(ranks.group_name, config)
 
-    def join(self, group_name: str, timeout_s: float) -> Group:
+    def join(self, group_name: str, config: TensorParallelConfig | None) -> Group:
         """Make it, in place of an earlier one of the same name."""
         # by name, and looked for again: while a compiler traces, `over` has a stand-in of the
         # process group and `joined` as it was at the start
