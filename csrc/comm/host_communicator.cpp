@@ -21,6 +21,7 @@ constexpr long kSliceNanoseconds =
     20'000'000;  // a lost wake-up or a signal costs one slice at most
 constexpr double kWarnSeconds = 30;
 constexpr double kNoteSeconds = 0.05;
+constexpr double kWarmUpSeconds = 0.25;   // first steps touch new memory: nobody is slow yet
 constexpr double kPromptSeconds = 50e-6;  // who comes within this is not called slow
 
 void cpu_pause() {
@@ -200,7 +201,7 @@ HostCommunicator::Announced HostCommunicator::check_announced(int64_t shared_byt
 /// Of the last collective.
 void HostCommunicator::note_arrivals() {
   if (arrived_[0] == 0) return;
-  if (!skew_.has_floor() && clock_.age_s() > 1e-3) [[unlikely]]
+  if (!skew_.has_floor() && clock_.age_s() > kWarmUpSeconds) [[unlikely]]
     skew_.set_floor(static_cast<uint64_t>(kPromptSeconds / clock_.period_s()));
   const int slow = skew_.add(arrived_, identity_.size);
   for (int r = 0; r < identity_.size; ++r)
