@@ -246,7 +246,8 @@ def environment() -> dict[str, Any]:
         "commit": _output("git", "rev-parse", "HEAD") or "unknown",
         "has_local_changes": bool(_output("git", "status", "--porcelain", "--", "csrc", "python")),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "command": sys.argv,
+        # of paths the last part: where they lie is no one's business
+        "command": [Path(word).name if Path(word).is_absolute() else word for word in sys.argv],
         "tp_native": tp.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -26,7 +26,7 @@ from test_collectives import (
     reduces_like_the_oracle,
     replicated_bits,
 )
-from test_faults import call, child_after_fork, loops_until_told, warm_up
+from test_faults import call, check_kill, child_after_fork, interrupted, warm_up
 from test_nn import adds_and_normalises
 from tp_native import c10d
 from tp_native.config import TensorParallelConfig
@@ -412,47 +412,19 @@ def test_a_forked_child_is_refused_and_does_no_harm(worlds: dict[int, World]) ->
 
 
 def test_a_killed_rank_is_named_on_all_others() -> None:
-    victim = 1
     world = world_over_gloo(3)
     try:
         world.run(warm_up)
-        world.start(loops_until_told, "row_parallel_linear")
-        time.sleep(0.3)
-        killed_at = time.monotonic()
-        world.signal(victim, signal.SIGKILL)
-        for rank, outcome in enumerate(world.outcomes(20)):
-            if rank == victim:
-                assert outcome is None
-                continue
-            assert outcome is not None
-            found = outcome.result
-            assert (found["type"], found["peer"], found["rank"]) == (
-                "PeerLostError",
-                victim,
-                rank,
-            ), found
-            assert f"rank {victim} died" in found["text"] and found["again"] == found["text"]
-            assert found["at"] - killed_at < 10, found
+        check_kill(world, 1, "row_parallel_linear")
     finally:
         world.kill()
-
-
-def is_interrupted(group: Group) -> str:
-    if group.rank == 0:
-        with pytest.raises(KeyboardInterrupt):
-            group.barrier()
-        return "interrupted"
-    time.sleep(1.0)
-    with pytest.raises(tp.PeerLostError, match="rank 0 was interrupted by a signal") as info:
-        group.barrier()
-    return str(info.value)
 
 
 def test_ctrl_c_ends_a_wait_and_tells_the_peers_and_the_ranks_end() -> None:
     world = world_over_gloo(2)
     try:
         world.run(warm_up)
-        world.start(is_interrupted)
+        world.start(interrupted)
         time.sleep(0.4)
         world.signal(0, signal.SIGINT)
         assert world.results(20)[0] == "interrupted"

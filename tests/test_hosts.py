@@ -19,7 +19,7 @@ from harness import World
 from oracle import rank_data, reduce_in_rank_order
 from test_c10d import free_port
 from test_collectives import gathers_and_scatters
-from test_faults import loops_until_told, warm_up
+from test_faults import check_kill, warm_up
 from test_nn import adds_and_normalises
 from tp_native.group import Group
 
@@ -77,23 +77,6 @@ def works_over_hosts(group: Group, sizes: list[int]) -> tuple[str, list[bytes]]:
     assert layer.weight.grad is not None and group.stats()["collectives"] > 0
     group.barrier()
     return group.backend, bits
-
-
-def check_kill(world: World, victim: int) -> None:
-    world.start(loops_until_told, "all_reduce")
-    time.sleep(0.3)
-    killed_at = time.monotonic()
-    world.signal(victim, signal.SIGKILL)
-    for rank, outcome in enumerate(world.outcomes(20)):
-        if rank == victim:
-            assert outcome is None
-            continue
-        assert outcome is not None
-        found = outcome.result
-        assert found["type"] == "PeerLostError" and found["peer"] == victim, found
-        assert found["rank"] == rank and f"rank {victim} " in found["text"], found
-        assert found["again"] == found["text"]
-        assert found["at"] - killed_at < 10, found
 
 
 def test_uneven_hosts_compute_like_one_and_a_killed_leader_is_named() -> None:

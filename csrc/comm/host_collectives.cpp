@@ -107,15 +107,7 @@ void HostCommunicator::collective(const Signature& signature, int64_t bytes, dou
             "this thread is in a collective of group ", identity_.name,
             ": set a flag there and look at it between steps");
   std::lock_guard lock(mutex_);
-  struct Current {  // while it is set, failures name this operation
-    HostCommunicator& self;
-    ~Current() {
-      self.current_ = nullptr;
-      self.busy_thread_.leave();
-    }
-  } const current{*this};
-  current_ = &signature;
-  busy_thread_.enter();
+  const BusyThread::Collective running(busy_thread_, current_, signature);
   timeout_s_ = timeout_s > 0 ? timeout_s : identity_.timeout_s;
   wait_started_s_ = 0;
   is_inline_ = false;

@@ -11,41 +11,16 @@
 #include "comm/registry.h"
 #include "core/callbacks.h"
 #include "core/error.h"
+#include "thread_ranks.h"
 
 using namespace tp_native;        // NOLINT
 using namespace tp_native::comm;  // NOLINT
-using Ranks = std::vector<std::shared_ptr<Communicator>>;
 
 namespace {
 
 Ranks make(int size, double timeout_s = 20) {
   static int count = 0;
   return make_local(Identity{0, size, "test:" + std::to_string(count++), "local", 0, timeout_s});
-}
-
-/// Runs `fn(rank)` on every rank; what each threw, empty for nothing.
-std::vector<FailureRecord> run(const Ranks& ranks, const std::function<void(Communicator&)>& fn) {
-  std::vector<FailureRecord> failures(ranks.size());
-  std::vector<std::thread> threads;
-  for (size_t r = 0; r < ranks.size(); ++r) {
-    threads.emplace_back([&, r] {
-      try {
-        fn(*ranks[r]);
-      } catch (const Error& error) {
-        failures[r] = error.record();
-      } catch (const std::exception& error) {
-        failures[r].message = error.what();
-      }
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
-  return failures;
-}
-
-void run_clean(const Ranks& ranks, const std::function<void(Communicator&)>& fn) {
-  for (const FailureRecord& failure : run(ranks, fn)) {
-    if (!failure.message.empty()) throw std::runtime_error(failure.message);
-  }
 }
 
 void all_reduce(Communicator& c, float* data, int64_t count) {

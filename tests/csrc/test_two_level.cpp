@@ -12,10 +12,10 @@
 #include "core/error.h"
 #include "kernels/cpu/convert.h"
 #include "kernels/reduce.h"
+#include "thread_ranks.h"
 
 using namespace tp_native;        // NOLINT
 using namespace tp_native::comm;  // NOLINT
-using Ranks = std::vector<std::shared_ptr<Communicator>>;
 
 namespace {
 
@@ -101,31 +101,6 @@ Ranks make(const std::vector<int64_t>& hosts, double timeout_s = 20) {
     }
   }
   return ranks;
-}
-
-/// Runs `fn(rank)` on every rank; what each threw, an empty message for nothing.
-std::vector<FailureRecord> run(const Ranks& ranks, const std::function<void(Communicator&)>& fn) {
-  std::vector<FailureRecord> failures(ranks.size());
-  std::vector<std::thread> threads;
-  for (size_t r = 0; r < ranks.size(); ++r) {
-    threads.emplace_back([&, r] {
-      try {
-        fn(*ranks[r]);
-      } catch (const Error& error) {
-        failures[r] = error.record();
-      } catch (const std::exception& error) {
-        failures[r].message = error.what();
-      }
-    });
-  }
-  for (std::thread& thread : threads) thread.join();
-  return failures;
-}
-
-void run_clean(const Ranks& ranks, const std::function<void(Communicator&)>& fn) {
-  for (const FailureRecord& failure : run(ranks, fn)) {
-    if (!failure.message.empty()) throw std::runtime_error(failure.message);
-  }
 }
 
 const std::vector<std::vector<int64_t>> kWorlds = {{2, 2}, {3, 1}, {1, 2, 2}, {1, 1}};
