@@ -148,6 +148,12 @@ class World:
         self.start(fn, *args)
         return self.results(deadline_s)
 
+    def meet(self) -> None:
+        """Return once every rank has its group: what is killed from here on is no longer missing
+        from the rendezvous.
+        """
+        self.run(has_met)
+
     def signal(self, rank: int, number: int) -> None:
         """Send a signal to one rank."""
         self.processes[rank].send_signal(number)
@@ -168,6 +174,10 @@ class World:
             if process.poll() is None:
                 process.kill()
         return [process.wait() for process in self.processes]
+
+
+def has_met(group: Any) -> None:
+    """What a rank does between the rendezvous and the first order."""
 
 
 _worlds: dict[int, World] = {}

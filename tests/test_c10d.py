@@ -19,14 +19,14 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 import tp_native as tp
-from harness import World
+from harness import World, has_met
 from test_collectives import (
     gathers_and_scatters,
     reduces_any_layout,
     reduces_like_the_oracle,
     replicated_bits,
 )
-from test_faults import call, check_kill, child_after_fork, interrupted, warm_up
+from test_faults import call, check_kill, child_after_fork, interrupted
 from test_nn import adds_and_normalises
 from tp_native import c10d
 from tp_native.config import TensorParallelConfig
@@ -138,7 +138,7 @@ def test_a_missing_rank_is_named_at_the_deadline(rank: int, message: str) -> Non
     env = {"MASTER_PORT": free_port(), "GLOO_SOCKET_IFNAME": "lo"}
     world = World(2, env=[env], ranks=[rank], backend="c10d", init_timeout_s=1.0)
     try:
-        world.start(warm_up)
+        world.start(has_met)
         outcome = world.outcomes(20)[0]
         assert outcome is not None and isinstance(outcome.error, tp.TensorParallelError)
         assert re.search(message, str(outcome.error)), outcome.error
@@ -414,7 +414,7 @@ def test_a_forked_child_is_refused_and_does_no_harm(worlds: dict[int, World]) ->
 def test_a_killed_rank_is_named_on_all_others() -> None:
     world = world_over_gloo(3)
     try:
-        world.run(warm_up)
+        world.meet()
         check_kill(world, 1, "row_parallel_linear")
     finally:
         world.kill()
@@ -423,7 +423,7 @@ def test_a_killed_rank_is_named_on_all_others() -> None:
 def test_ctrl_c_ends_a_wait_and_tells_the_peers_and_the_ranks_end() -> None:
     world = world_over_gloo(2)
     try:
-        world.run(warm_up)
+        world.meet()
         world.start(interrupted)
         time.sleep(0.4)
         world.signal(0, signal.SIGINT)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import tp_native as tp
-from harness import World, run_ranks
+from harness import World, has_met, run_ranks
 from tp_native.group import Group
 
 
@@ -102,7 +102,7 @@ def test_20_sigkills_inside_collectives_are_named_within_100_ms() -> None:
     for size, op, victim in KILLS:
         world = World(size)
         try:
-            world.run(warm_up)
+            world.meet()
             for found in check_kill(world, victim, op):
                 assert f"rank {victim} (pid {world.processes[victim].pid}) died" in found["text"]
                 delays.append(found["after_s"])
@@ -112,10 +112,6 @@ def test_20_sigkills_inside_collectives_are_named_within_100_ms() -> None:
     assert shared_memory_names() == before
 
 
-def warm_up(group: Group) -> None:
-    group.barrier()
-
-
 def sleeps(group: Group) -> None:
     time.sleep(60)
 
@@ -123,7 +119,7 @@ def sleeps(group: Group) -> None:
 def test_a_death_outside_any_collective_is_reported_by_the_next_one() -> None:
     world = World(2)
     try:
-        world.run(warm_up)
+        world.meet()
         world.signal(1, signal.SIGKILL)
         world.processes[1].wait()
         time.sleep(0.2)
@@ -282,7 +278,7 @@ def test_a_missing_rank_is_named_at_the_deadline() -> None:
         start = time.monotonic()
         world = World(3, ranks=[present, 2], init_timeout_s=1.0)
         try:
-            world.start(warm_up)
+            world.start(has_met)
             for outcome in world.outcomes(20):
                 assert outcome is not None and isinstance(outcome.error, tp.TensorParallelError), (
                     outcome
@@ -294,7 +290,7 @@ def test_a_missing_rank_is_named_at_the_deadline() -> None:
 
 
 def refusals(world: World) -> list[str]:
-    world.start(warm_up)
+    world.start(has_met)
     texts = []
     for outcome in world.outcomes(20):
         assert outcome is not None and isinstance(outcome.error, tp.TensorParallelError), outcome
@@ -327,7 +323,7 @@ def interrupted(group: Group) -> str:
 def test_ctrl_c_ends_a_wait_and_tells_the_peers() -> None:
     world = World(2)
     try:
-        world.run(warm_up)
+        world.meet()
         world.start(interrupted)
         time.sleep(0.3)
         world.signal(0, signal.SIGINT)
@@ -339,7 +335,7 @@ def test_ctrl_c_ends_a_wait_and_tells_the_peers() -> None:
 def test_ranks_end_by_themselves_and_leave_nothing() -> None:
     before = shared_memory_names()
     world = World(2)
-    world.run(warm_up)
+    world.meet()
     assert world.stop() == [0, 0]
     assert shared_memory_names() == before
     assert not psutil.Process().children() or all(
@@ -386,6 +382,7 @@ def test_a_frozen_rank_is_warned_of_and_then_given_up(size: int, tmp_path: Any) 
     logs = [tmp_path / f"{rank}.log" for rank in range(size)]
     world = World(size, frozen_timeout_s=2.5, env=[{"TPN_TEST_LOG": str(log)} for log in logs])
     try:
+        world.meet()
         world.start(logs_warnings_until_told)
         time.sleep(0.7)
         stopped_at = time.monotonic()

@@ -92,6 +92,7 @@ def test_a_mismatch_is_told_with_the_operations_of_all_ranks(tmp_path: Path) -> 
 
 def test_the_dead_ranks_operations_are_there_too(tmp_path: Path) -> None:
     def act(world: World) -> list[str]:
+        world.meet()
         world.start(waits)
         time.sleep(0.6)
         world.signal(1, signal.SIGKILL)

@@ -60,11 +60,13 @@ def test_survivors_go_on_with_a_replacement(size: int, lost: int) -> None:
     world, env = same_job(size)
     later: list[World] = []
     try:
+        world.meet()
         world.start(lives_on, 2)
         for generation in (1, 2):  # twice: the replacement dies too
             time.sleep(0.4)
             (later[-1] if later else world).signal(0 if later else lost, signal.SIGKILL)
             later.append(World(size, ranks=[lost], env=[env]))
+            later[-1].meet()
             later[-1].start(*((lives_on, 2) if generation == 1 else (replaces,)))
         found = [*world.outcomes(), *later[-1].outcomes()]
         results = [outcome.result for outcome in found if outcome is not None]
@@ -99,6 +101,7 @@ def test_a_stopped_rank_cannot_reach_the_generation_after_it() -> None:
     world, env = same_job(2, frozen_timeout_s=1.0)
     later = None
     try:
+        world.meet()
         world.pipes[1].send_bytes(pickle.dumps((__name__, "writes_on", ())))
         world.pipes[0].send_bytes(pickle.dumps((__name__, "goes_on_without_the_frozen", ())))
         time.sleep(1.0)
@@ -167,6 +170,7 @@ def renews_in_vain(group: Group) -> list[str]:
 def test_renewing_without_a_replacement_names_the_missing_and_can_be_tried_again() -> None:
     world = World(2)
     try:
+        world.meet()
         world.start(renews_in_vain)
         time.sleep(0.5)
         world.signal(1, signal.SIGKILL)

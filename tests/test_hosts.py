@@ -15,11 +15,11 @@ import torch
 import torch.distributed as dist
 
 import tp_native as tp
-from harness import World
+from harness import World, has_met
 from oracle import rank_data, reduce_in_rank_order
 from test_c10d import free_port
 from test_collectives import gathers_and_scatters
-from test_faults import check_kill, warm_up
+from test_faults import check_kill
 from test_nn import adds_and_normalises
 from tp_native.group import Group
 
@@ -126,7 +126,7 @@ def test_a_missing_host_is_named_at_the_deadline() -> None:
     env = host_env([1, 1], MASTER_PORT=free_port())
     world = World(2, env=env[:1], ranks=[0], init_timeout_s=1.0)
     try:
-        world.start(warm_up)
+        world.start(has_met)
         outcome = world.outcomes(20)[0]
         assert outcome is not None and isinstance(outcome.error, Exception)
         assert "ranks missing: [1] of 2" in str(outcome.error)

@@ -14,7 +14,7 @@ import torch
 import tp_native as tp
 from harness import World, run_ranks
 from oracle import rank_data, reduce_in_rank_order
-from test_faults import loops_until_told, shared_memory_names, warm_up
+from test_faults import loops_until_told, shared_memory_names
 from tp_native.group import Group
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]
@@ -68,7 +68,7 @@ def test_100_sigkills_at_random_moments() -> None:
         victim = rng.randrange(size)
         world = World(size)
         try:
-            world.run(warm_up)
+            world.meet()
             world.start(
                 loops_until_told,
                 rng.choice(["all_reduce", "all_gather", "broadcast", "barrier", "linear"]),
