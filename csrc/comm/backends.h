@@ -7,11 +7,14 @@
 #include <string>
 #include <vector>
 
+#include "comm/board.h"
 #include "comm/communicator.h"
+#include "comm/nccl_api.h"
 
 namespace tp_native::comm {
 
-bool is_available(const std::string& backend);  ///< "shm", "local", "nccl"
+/// Of "shm", "local" and "nccl" what can work on this machine.
+bool is_available(const std::string& backend);
 
 struct ShmOptions {
   /// The abstract UNIX socket where rank 0 listens: the same on all ranks, unique to this group.
@@ -30,9 +33,20 @@ std::shared_ptr<Communicator> make_shm(Identity identity, const ShmOptions& opti
 /// `size` ranks as threads of this process; element r belongs to rank r.
 std::vector<std::shared_ptr<Communicator>> make_local(const Identity& identity);
 
-/// GPUs over NCCL.
-std::shared_ptr<Communicator> make_nccl(const Identity& identity,
-                                        const std::vector<char>& unique_id, int device,
-                                        double init_timeout_s);
+struct NcclOptions {
+  int device = 0;  ///< number of the GPU in this process
+  double init_timeout_s = 60;
+  int max_ctas = 0;            ///< thread blocks that NCCL may use; 0: its own choice
+  bool is_gpu_shared = false;  ///< several ranks on one GPU, for tests; NCCL must allow it too
+  nccl::Search search = {};
+};
+
+/// GPUs over NCCL, one rank each. Collective. `control`: the same ranks on their hosts, whose name
+/// and failures become the group's; it must not be used for anything else. `board`: where ranks of
+/// several hosts agree on failures; null on one host, whose shared memory is one.
+/// Raises on all ranks what one of them lacks: driver, library, GPU of its own.
+std::shared_ptr<Communicator> make_nccl(const NcclOptions& options,
+                                        const std::shared_ptr<Communicator>& control,
+                                        std::shared_ptr<Board> board = nullptr);
 
 }  // namespace tp_native::comm

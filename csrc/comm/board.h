@@ -37,6 +37,18 @@ class Board {
   /// A rank that has left and will not come to operation `seq`, or -1. Cheap.
   virtual int left_before(uint64_t seq) const = 0;
   virtual void set_status(OpCode op, uint64_t seq, bool is_inside) = 0;
+
+  // For collectives that run on devices, where nobody meets on the way (promise 5). A board of
+  // ranks that compare as they meet does nothing here.
+  virtual uint64_t noted() const { return 0; }  ///< this rank's operations so far
+  /// Notes this rank's operation `seq`, without waiting.
+  virtual void note(const Signature&, uint64_t /*seq*/, int64_t /*bytes*/) {}
+  virtual void finish(uint64_t /*seq*/) noexcept {}  ///< it has ended on the device
+  /// Compares what the ranks have noted and claims a verdict where they differ. One thread.
+  virtual void look() {}
+  /// What to add to a failure's message: where its flight record is.
+  virtual std::string hint() const { return {}; }
+
   /// Asks every rank, waits a second at most; one element per rank.
   virtual std::vector<Status> call_roll() = 0;
   /// Called once, from a thread of the board's, when a verdict appears.

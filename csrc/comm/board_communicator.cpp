@@ -15,7 +15,10 @@ constexpr double kWarnSeconds = 30;
 }  // namespace
 
 BoardCommunicator::BoardCommunicator(Identity identity, std::shared_ptr<Board> board)
-    : Communicator(std::move(identity)), board_(std::move(board)), log_(1024) {}
+    : Communicator(std::move(identity)),
+      board_(std::move(board)),
+      seq_(board_->noted()),
+      log_(1024) {}
 
 void BoardCommunicator::collective(const Signature& signature, int64_t bytes, double timeout_s,
                                    const std::function<void()>& body) {
@@ -38,6 +41,7 @@ void BoardCommunicator::collective(const Signature& signature, int64_t bytes, do
                                      hash_signature(signature)};
   }
   board_->set_status(signature.op, seq_, true);
+  board_->note(signature, seq_, bytes);
   try {
     body();
   } catch (...) {
@@ -130,6 +134,7 @@ FailureRecord BoardCommunicator::record_of(const Verdict& verdict) const {
                : concat("rank ", identity_.rank, " of group ", identity_.name, ": ", verdict.text);
   if (verdict.kind != FailureKind::kError)
     record.message += "; the group is unusable now, start its ranks again";
+  if (verdict.kind != FailureKind::kInterrupted) record.message += board_->hint();
   return record;
 }
 

@@ -30,6 +30,7 @@ enum class OpCode : uint8_t {
   kGather,
   kScatter,
   kRowParallelLinearAddRmsNorm,
+  kInit,
 };
 const char* name(OpCode op);
 

@@ -29,6 +29,7 @@ FlightCopy copy(const FlightEntry& entry) {
   out.seq = entry.seq.load(kAcquire);
   const uint64_t code = entry.code.load(kAcquire);
   out.signature = entry.signature.load(kAcquire);
+  out.chain = entry.chain.load(kAcquire);
   out.bytes = entry.bytes.load(kAcquire);
   out.start = entry.start.load(kAcquire);
   out.end = entry.end.load(kAcquire);
@@ -120,12 +121,13 @@ std::string to_json(const Identity& identity, std::span<RankHeader* const> heade
 }  // namespace
 
 void begin_flight(RankHeader& header, uint64_t seq, const Signature& signature, uint64_t hash,
-                  int64_t bytes, uint64_t start) {
+                  uint64_t chain, int64_t bytes, uint64_t start) {
   const Signature& s = named(signature);
   constexpr auto kRelease = std::memory_order_release;
   FlightEntry& entry = header.flight[seq % kFlightEntries];
   entry.seq.store(0, std::memory_order_relaxed);
   entry.signature.store(hash, kRelease);
+  entry.chain.store(chain, kRelease);
   entry.code.store(pack(s), kRelease);
   entry.bytes.store(static_cast<uint64_t>(bytes), kRelease);
   entry.start.store(start, kRelease);
@@ -133,6 +135,7 @@ void begin_flight(RankHeader& header, uint64_t seq, const Signature& signature, 
   const size_t dims = std::min<size_t>(s.shape.size(), kMaxDims);
   for (size_t i = 0; i < dims; ++i) entry.shape[i].store(s.shape[i], kRelease);
   entry.seq.store(seq, kRelease);
+  header.noted.store(seq, kRelease);
 }
 
 FlightCopy copy_flight(const RankHeader& header, uint64_t seq) {
@@ -142,9 +145,7 @@ FlightCopy copy_flight(const RankHeader& header, uint64_t seq) {
 }
 
 FlightCopy last_flight(const RankHeader& header) {
-  uint64_t last = 0;
-  for (const FlightEntry& entry : header.flight)
-    last = std::max(last, entry.seq.load(std::memory_order_relaxed));
+  const uint64_t last = header.noted.load(std::memory_order_acquire);
   return last == 0 ? FlightCopy{} : copy_flight(header, last);
 }
 

@@ -17,7 +17,7 @@ namespace tp_native::comm {
 
 /// The owner's notes: begin before the announcement, end when the call returns.
 void begin_flight(RankHeader& header, uint64_t seq, const Signature& signature, uint64_t hash,
-                  int64_t bytes, uint64_t start);
+                  uint64_t chain, int64_t bytes, uint64_t start);
 inline void end_flight(RankHeader& header, uint64_t seq) {
   header.flight[seq % kFlightEntries].end.store(stamp(), std::memory_order_relaxed);
 }
@@ -26,6 +26,7 @@ inline void end_flight(RankHeader& header, uint64_t seq) {
 struct FlightCopy {
   uint64_t seq = 0;
   uint64_t signature = 0;
+  uint64_t chain = 0;
   OpCode op = OpCode::kBarrier;
   DType dtype = DType::kUInt8;
   ReduceOp reduce = ReduceOp::kSum;

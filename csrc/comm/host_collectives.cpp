@@ -112,6 +112,7 @@ void HostCommunicator::collective(const Signature& signature, int64_t bytes, dou
   wait_started_s_ = 0;
   is_inline_ = false;
   ++seq_;
+  ++meets_;
   check_usable();
   TPN_FAULT("collective.enter");
   bump(collectives_, 1);
@@ -127,8 +128,8 @@ void HostCommunicator::collective(const Signature& signature, int64_t bytes, dou
           concat("rank ", identity_.rank,
                  is_interrupted_ ? " was interrupted by a signal"
                                  : concat(" failed: ", text_of(std::current_exception()))));
-      const Verdict verdict = read_verdict();  // perhaps somebody else's
-      failure_ = failure_record(verdict.kind, verdict.culprit, verdict.text);
+      const Verdict held = *verdict();  // perhaps somebody else's
+      failure_ = failure_record(held.kind, held.culprit, held.text);
       arena_->retire();
     }
     throw;

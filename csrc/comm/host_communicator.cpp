@@ -166,8 +166,9 @@ void HostCommunicator::announce(uint64_t block) {  // proof: meet.announce
   mine.stamp = now;
   post();
   if (is_checked_) {  // while the line travels
-    begin_flight(*peers_[identity_.rank].header(), seq_, *current_, signature_hash_, bytes_now_,
-                 now);
+    chain_ = mix(chain_, signature_hash_);
+    begin_flight(*peers_[identity_.rank].header(), seq_, *current_, signature_hash_, chain_,
+                 bytes_now_, now);
     note_arrivals();
   }
   TPN_FAULT("announced");
@@ -220,8 +221,8 @@ void HostCommunicator::warn_of_straggler(int rank) const {
 void HostCommunicator::post() {
   RankHeader& header = *peers_[identity_.rank].header();
   // seq_cst, with the sleeper's fetch_add: either it sees the tick or we see the sleeper
-  header.lines[seq_ % kRing].tick.store(++tick_, std::memory_order_seq_cst);  // proof: meet.post
-  if (header.sleepers.load(std::memory_order_seq_cst) != 0) [[unlikely]]      // proof: sleep.ask
+  header.lines[meets_ % kRing].tick.store(++tick_, std::memory_order_seq_cst);  // proof: meet.post
+  if (header.sleepers.load(std::memory_order_seq_cst) != 0) [[unlikely]]        // proof: sleep.ask
     wake(identity_.rank);
 }
 
@@ -315,6 +316,56 @@ void HostCommunicator::check_deadline(int rank, double waited_s, double& next_wa
   }
 }
 
+// ---- operations that run elsewhere
+
+uint64_t HostCommunicator::note(const Signature& signature, int64_t bytes) {
+  check_not_forked();
+  std::lock_guard lock(mutex_);
+  check_usable();
+  const uint64_t hash = hash_signature(signature);
+  chain_ = mix(chain_, hash);
+  begin_flight(*peers_[identity_.rank].header(), ++seq_, signature, hash, chain_, bytes, stamp());
+  return seq_;
+}
+
+void HostCommunicator::finish(uint64_t seq) noexcept {
+  RankHeader& header = *peers_[identity_.rank].header();
+  if (header.flight[seq % kFlightEntries].seq.load(std::memory_order_relaxed) == seq)
+    end_flight(header, seq);
+}
+
+std::optional<Mismatch> HostCommunicator::compare() {
+  const auto size = static_cast<size_t>(identity_.size);
+  uint64_t common = ~uint64_t{0};
+  for (const Peer& peer : peers_)
+    common = std::min(common, peer.header()->noted.load(std::memory_order_acquire));
+  if (common == compared_) return std::nullopt;
+  FlightCopy notes[kMaxRanks];
+  const auto copy_all = [&](uint64_t seq) {
+    for (size_t r = 0; r < size; ++r) notes[r] = copy_flight(*peers_[r].header(), seq);
+    return std::all_of(notes, notes + size, [](const FlightCopy& note) { return note.seq != 0; });
+  };
+  if (!copy_all(common)) return std::nullopt;  // a rank is far ahead: the chain tells it later
+  const auto agree = [&](const auto& field) {
+    return std::all_of(notes, notes + size,
+                       [&](const FlightCopy& note) { return note.*field == notes[0].*field; });
+  };
+  if (agree(&FlightCopy::chain)) {
+    compared_ = common;
+    return std::nullopt;
+  }
+  for (uint64_t seq = compared_ + 1; seq <= common; ++seq) {
+    if (!copy_all(seq) || agree(&FlightCopy::signature)) continue;
+    Announcement ranks[kMaxRanks];
+    for (size_t r = 0; r < size; ++r) ranks[r] = announcement_of(notes[r], notes[r].signature);
+    Mismatch found = find_mismatch(std::span(ranks, size));
+    found.text = concat("#", seq, ": ", found.text);
+    return found;
+  }
+  return Mismatch{-1, concat("the ranks entered different collectives between #", compared_ + 1,
+                             " and #", common, ", too long ago to be noted still")};
+}
+
 // ---- failures
 
 void HostCommunicator::check_not_forked() const {
@@ -331,27 +382,27 @@ void HostCommunicator::check_usable() {
 }
 
 void HostCommunicator::check_abort() {  // proof: abort.observe
-  const Verdict verdict = read_verdict();
-  if (verdict.is_passed) [[unlikely]]
-    raise_failure(verdict.kind, verdict.culprit, verdict.text);
+  if (const std::optional<Verdict> held = verdict()) [[unlikely]]
+    raise_failure(held->kind, held->culprit, held->text);
 }
 
-HostCommunicator::Verdict HostCommunicator::read_verdict() const {
+std::optional<Verdict> HostCommunicator::verdict() const {
   const uint32_t word = peers_[0].header()->verdict.load(std::memory_order_acquire);
   if (word == 0) [[likely]]
-    return {};
+    return std::nullopt;
   const int judge = static_cast<int>(word) - 1;
-  if (judge >= identity_.size) return {true, FailureKind::kAborted, -1, "a rank aborted the group"};
+  if (judge >= identity_.size)
+    return Verdict{FailureKind::kAborted, -1, "a rank aborted the group"};
   const AbortRecord& record = peers_[judge].header()->abort;
   char text[kAbortTextBytes];
   std::memcpy(text, record.text, sizeof(text));
   text[sizeof(text) - 1] = '\0';
   const int culprit = record.culprit;
   const uint8_t kind = record.kind;
-  return {true,
-          kind <= static_cast<uint8_t>(FailureKind::kInterrupted) ? static_cast<FailureKind>(kind)
-                                                                  : FailureKind::kError,
-          culprit < identity_.size ? culprit : -1, text};
+  return Verdict{kind <= static_cast<uint8_t>(FailureKind::kInterrupted)
+                     ? static_cast<FailureKind>(kind)
+                     : FailureKind::kError,
+                 culprit < identity_.size ? culprit : -1, text};
 }
 
 void HostCommunicator::publish_abort(FailureKind kind, int culprit,
@@ -412,10 +463,13 @@ FailureRecord HostCommunicator::failure_record(FailureKind kind, int culprit,
                        : concat("rank ", identity_.rank, " of group ", identity_.name, ": ", text);
   if (kind != FailureKind::kError)
     record.message += "; the group is unusable now: start its ranks again, or renew() it";
-  if (const std::string path = flight_path(identity_, *peers_[0].header());
-      !path.empty() && kind != FailureKind::kInterrupted)
-    record.message += concat("; flight record: ", path, " (tp-native blame ", path, ")");
+  if (kind != FailureKind::kInterrupted) record.message += flight_hint();
   return record;
+}
+
+std::string HostCommunicator::flight_hint() const {
+  const std::string path = flight_path(identity_, *peers_[0].header());
+  return path.empty() ? path : concat("; flight record: ", path, " (tp-native blame ", path, ")");
 }
 
 void HostCommunicator::raise_failure(FailureKind kind, int culprit, const std::string& text) {
@@ -432,7 +486,7 @@ void HostCommunicator::raise_mismatch() {
   for (int r = 0; r < identity_.size; ++r) {
     do {  // a rank notes its operation right after it has announced it
       entries[r] = copy_flight(*peers_[r].header(), seq_);
-    } while (entries[r].seq == 0 && !read_verdict().is_passed && now_s() - start < kNoteSeconds &&
+    } while (entries[r].seq == 0 && !verdict() && now_s() - start < kNoteSeconds &&
              ::sched_yield() == 0);
     ranks[r] = announcement_of(entries[r], line(r).fingerprint);
   }

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "comm/arena.h"
+#include "comm/board.h"
 #include "comm/busy_thread.h"
 #include "comm/communicator.h"
 #include "comm/flight.h"
@@ -71,9 +72,18 @@ class HostCommunicator final : public Communicator {
   /// Claims the group's abort record unless somebody has; wakes every sleeper. Safe from any
   /// thread.
   void publish_abort(FailureKind kind, int culprit, const std::string& text) noexcept;
+  std::optional<Verdict> verdict() const;
   bool has_left(int rank) const;
   void beat() noexcept;  ///< this rank lives
   uint64_t beats(int rank) const;
+  /// Numbers and notes this rank's next operation, which runs elsewhere, without waiting. Raises if
+  /// the group has failed.
+  uint64_t note(const Signature& signature, int64_t bytes);
+  void finish(uint64_t seq) noexcept;  ///< a noted operation has ended
+  /// What differs in the ranks' notes, as far as all of them have come; asks nobody. One thread.
+  std::optional<Mismatch> compare();
+  FlightCopy last(int rank) const { return last_flight(*peers_[rank].header()); }
+  std::string flight_hint() const;  ///< "; flight record: FILE ...", or nothing
   /// "in all_reduce(sum, float32 [4]) #17", "after ...", "before its first operation"
   std::string describe_last(int rank) const;
   void keep(std::unique_ptr<Companion> companion) { companion_ = std::move(companion); }
@@ -98,7 +108,7 @@ class HostCommunicator final : public Communicator {
   void reduce_alone(const Signature&, const void* in, void* out, int64_t count,
                     const Epilogue&) const;
 
-  Line& line(int rank) const { return peers_[rank].header()->lines[seq_ % kRing]; }
+  Line& line(int rank) const { return peers_[rank].header()->lines[meets_ % kRing]; }
   static void bump(std::atomic<uint64_t>& counter, uint64_t by) {  // one writer: no locked add
     counter.store(counter.load(std::memory_order_relaxed) + by, std::memory_order_relaxed);
   }
@@ -120,13 +130,6 @@ class HostCommunicator final : public Communicator {
   [[noreturn]] void raise_failure(FailureKind kind, int culprit, const std::string& text);
   [[noreturn]] void raise_mismatch();
   void check_deadline(int rank, double waited_s, double& next_warning_s);
-  struct Verdict {
-    bool is_passed = false;
-    FailureKind kind = FailureKind::kError;
-    int culprit = -1;
-    std::string text = {};
-  };
-  Verdict read_verdict() const;
   std::string describe_rank(int rank) const;
   std::string left_text(int rank) const;
   std::string describe_current() const;
@@ -155,7 +158,9 @@ class HostCommunicator final : public Communicator {
   bool is_inline_ = false;            ///< the current payload rides in the announcing line
   double timeout_s_ = 0;
   double wait_started_s_ = 0;
-  uint64_t seq_ = 0;
+  uint64_t seq_ = 0;    ///< operations, those that were only noted too
+  uint64_t meets_ = 0;  ///< those in which the ranks met
+  uint64_t chain_ = 0;  ///< hash of all signatures so far
   uint64_t tick_ = 0;
   uint64_t chunk_ = 0;
   std::optional<FailureRecord> failure_;
@@ -169,6 +174,7 @@ class HostCommunicator final : public Communicator {
   std::atomic<bool> is_closing_{false};
   bool is_interrupted_ = false;  ///< a signal handler raised; guarded by the mutex
   bool is_closed_ = false;
+  uint64_t compared_ = 0;  ///< compare()'s: notes up to here are equal on all ranks
 };
 
 }  // namespace tp_native::comm

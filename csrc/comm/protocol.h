@@ -12,7 +12,7 @@ namespace tp_native::comm {
 
 constexpr int kMaxRanks = 16;
 constexpr uint64_t kMagic = 0x3176'6974'616e'7074;  // "tpnativ1", little endian
-constexpr uint32_t kProtocolVersion = 2;
+constexpr uint32_t kProtocolVersion = 3;
 
 /// Collectives a fast writer may be ahead before it overwrites a line is 1 (every collective begins
 /// with a full meet); four lines leave room for backends that post several operations at once.
@@ -47,13 +47,14 @@ static_assert(sizeof(Line) == 128);
 struct FlightEntry {
   std::atomic<uint64_t> seq;        ///< 0: never used, or being written
   std::atomic<uint64_t> signature;  ///< hash of what all ranks must agree on
+  std::atomic<uint64_t> chain;      ///< hash of all signatures up to this one
   std::atomic<uint64_t> code;       ///< operation, dtype, reduction, root, dim, dims: a byte each
   std::atomic<uint64_t> bytes;      ///< payload of this rank
   std::atomic<uint64_t> start;      ///< stamps
   std::atomic<uint64_t> end;        ///< 0: not finished
   std::atomic<int64_t> shape[kMaxDims];
 };
-static_assert(sizeof(FlightEntry) == 96);
+static_assert(sizeof(FlightEntry) == 104);
 constexpr uint64_t kFlightEntries = 1024;
 
 enum class RankState : uint32_t { kJoining = 0, kActive = 1, kLeft = 2 };
@@ -84,6 +85,8 @@ struct RankHeader {
   /// pairs with the acquire of whoever reads that record.
   alignas(128) std::atomic<uint32_t> verdict;
   alignas(128) AbortRecord abort;  ///< this rank's
+  /// This rank's last operation in `flight`. Release, after its entry is complete.
+  alignas(128) std::atomic<uint64_t> noted;
   alignas(128) FlightEntry flight[kFlightEntries];
 };
 

@@ -17,7 +17,8 @@ const char* name(OpCode op) {
                                     "vocab_parallel_embedding",
                                     "gather",
                                     "scatter",
-                                    "row_parallel_linear_add_rms_norm"};
+                                    "row_parallel_linear_add_rms_norm",
+                                    "init"};
   const auto index = static_cast<size_t>(op);
   return index < sizeof(kNames) / sizeof(kNames[0]) ? kNames[index] : "unknown operation";
 }
@@ -47,7 +48,7 @@ std::string describe(const Announcement& a) {
   std::ostringstream text;
   const auto code = static_cast<OpCode>(a.op);
   text << name(code);
-  if (code == OpCode::kBarrier) return text.str();
+  if (code == OpCode::kBarrier || code == OpCode::kInit) return text.str();
   text << '(';
   if (code == OpCode::kAllReduce || code == OpCode::kReduceScatter)
     text << name(static_cast<ReduceOp>(a.reduce)) << ", ";

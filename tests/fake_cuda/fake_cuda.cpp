@@ -17,6 +17,7 @@
 #include <random>
 #include <set>
 #include <thread>
+#include <utility>
 
 namespace {
 
@@ -111,7 +112,9 @@ World& world() {
   static auto* const one = new World;  // never ends: streams may still run at exit
   return *one;
 }
-thread_local std::deque<CUctx_st*> t_contexts;
+// No destructors: they would run as a library's own threads end, after the sanitizers have gone.
+thread_local CUctx_st* t_contexts[16];
+thread_local int t_depth = 0;
 
 CUstream_st* known(CUstream_st* stream) {
   World& w = world();
@@ -141,7 +144,7 @@ int push(CUstream_st* stream, std::function<void()> step) {
 int take(unsigned long long* pointer, size_t bytes) {
   World& w = world();
   std::lock_guard lock(w.mutex);
-  if (t_contexts.empty()) return kNoContext;
+  if (t_depth == 0) return kNoContext;
   if (bytes == 0) return kInvalidValue;
   if (w.used + bytes > static_cast<size_t>(setting("FAKE_CUDA_MEMORY", 1L << 30)))
     return kOutOfMemory;
@@ -234,13 +237,13 @@ FAKE_API int cuDevicePrimaryCtxRetain(CUctx_st** context, int device) {
   return kSuccess;
 }
 FAKE_API int cuCtxPushCurrent_v2(CUctx_st* context) {
-  t_contexts.push_back(context);
+  if (t_depth == 16) return kNoContext;
+  t_contexts[t_depth++] = context;
   return kSuccess;
 }
 FAKE_API int cuCtxPopCurrent_v2(CUctx_st** context) {
-  if (t_contexts.empty()) return kNoContext;
-  *context = t_contexts.back();
-  t_contexts.pop_back();
+  if (t_depth == 0) return kNoContext;
+  *context = t_contexts[--t_depth];
   return kSuccess;
 }
 FAKE_API int cuCtxGetStreamPriorityRange(int* least, int* greatest) {
@@ -249,7 +252,7 @@ FAKE_API int cuCtxGetStreamPriorityRange(int* least, int* greatest) {
   return kSuccess;
 }
 FAKE_API int cuStreamCreateWithPriority(CUstream_st** stream, unsigned, int) {
-  if (t_contexts.empty()) return kNoContext;
+  if (t_depth == 0) return kNoContext;
   *stream = new CUstream_st;
   std::lock_guard lock(world().mutex);
   world().streams.insert(*stream);
@@ -287,7 +290,7 @@ FAKE_API int cuStreamIsCapturing(CUstream_st*, int* status) {
   return kSuccess;
 }
 FAKE_API int cuEventCreate(CUevent_st** event, unsigned) {
-  if (t_contexts.empty()) return kNoContext;
+  if (t_depth == 0) return kNoContext;
   auto made = std::make_shared<CUevent_st>();
   *event = made.get();
   std::lock_guard lock(world().mutex);

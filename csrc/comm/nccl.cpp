@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: Apache-2.0
+// Backend "nccl": what the ranks must agree on before NCCL is asked for anything, so that a rank
+// that cannot take part is an error on all of them and not a wait.
+#include <cstring>
+#include <fstream>
+
+#include "comm/backends.h"
+#include "comm/host_board.h"
+#include "comm/nccl_communicator.h"
+#include "comm/signature.h"
+
+namespace tp_native::comm {
+namespace {
+
+/// What every rank tells the others. Bytes from another process: texts are ended by who reads them.
+struct Hello {
+  int32_t version = 0;  ///< NCCL's
+  uint64_t host = 0;
+  char bus_id[32] = "";
+  char error[464] = "";  ///< why this rank cannot
+  nccl::UniqueId id = {};
+};
+static_assert(std::is_trivially_copyable_v<Hello>);
+
+uint64_t host_id() {
+  std::ifstream file("/proc/sys/kernel/random/boot_id");
+  std::string text;
+  std::getline(file, text);
+  return hash_text(text);
+}
+
+Hello introduce(const Identity& identity, const NcclOptions& options) {
+  Hello hello;
+  try {
+    const nccl::Api& api = nccl::api(options.search);
+    const cuda::Device device(options.device);
+    hello.version = api.version;
+    hello.host = host_id();
+    copy_text(hello.bus_id, device.bus_id());
+    if (identity.rank == 0) {
+      const cuda::Current current(device);
+      const int result = api.GetUniqueId(&hello.id);
+      TPN_CHECK(result == nccl::kSuccess,
+                "ncclGetUniqueId failed: ", nccl::text_of(api, result, nullptr));
+    }
+  } catch (const std::exception& error) {
+    copy_text(hello.error, error.what());
+  }
+  return hello;
+}
+
+std::vector<Hello> exchange(Communicator& control, const Hello& mine) {
+  const auto size = static_cast<size_t>(control.identity().size);
+  std::vector<Hello> all(size);
+  const std::vector<int64_t> columns(size, sizeof(Hello));
+  const int64_t shape[] = {static_cast<int64_t>(size * sizeof(Hello))};
+  control.all_gather({.op = OpCode::kInit, .shape = shape}, &mine, all.data(), 1, columns, {});
+  for (Hello& hello : all) {
+    hello.bus_id[sizeof(hello.bus_id) - 1] = '\0';
+    hello.error[sizeof(hello.error) - 1] = '\0';
+  }
+  return all;
+}
+
+void check(const std::vector<Hello>& ranks, bool is_gpu_shared) {
+  std::string errors;
+  for (size_t r = 0; r < ranks.size(); ++r) {
+    if (ranks[r].error[0] != '\0')
+      errors += concat(errors.empty() ? "" : "; ", "rank ", r, ": ", ranks[r].error);
+  }
+  TPN_CHECK(errors.empty(), "backend \"nccl\" cannot start: ", errors);
+  for (size_t r = 1; r < ranks.size(); ++r) {
+    TPN_CHECK(ranks[r].version == ranks[0].version, "rank ", r, " has NCCL ",
+              nccl::version_text(ranks[r].version), ", rank 0 has ",
+              nccl::version_text(ranks[0].version), ": install the same one everywhere");
+    for (size_t other = 0; other < r && !is_gpu_shared; ++other) {
+      TPN_CHECK(ranks[r].host != ranks[other].host ||
+                    std::strcmp(ranks[r].bus_id, ranks[other].bus_id) != 0,
+                "ranks ", other, " and ", r, " are on one GPU, ", ranks[r].bus_id,
+                ": start at most as many ranks on a host as it has GPUs, or see the README on "
+                "ranks that share a GPU for tests");
+    }
+  }
+}
+
+}  // namespace
+
+bool is_available(const std::string& backend) {
+  std::string why;
+  return backend == "shm" || backend == "local" || (backend == "nccl" && cuda::is_available(why));
+}
+
+std::shared_ptr<Communicator> make_nccl(const NcclOptions& options,
+                                        const std::shared_ptr<Communicator>& control,
+                                        std::shared_ptr<Board> board) {
+  Identity identity = control->identity();
+  const std::vector<Hello> ranks = exchange(*control, introduce(identity, options));
+  check(ranks, options.is_gpu_shared);
+  if (!board) {
+    auto host = std::dynamic_pointer_cast<HostCommunicator>(control);
+    TPN_CHECK(host, "ranks on several hosts need a board");
+    board = std::make_shared<HostBoard>(std::move(host));
+  }
+  identity.backend = "nccl";
+  auto communicator = std::make_shared<NcclCommunicator>(
+      identity, nccl::api(), cuda::Device(options.device), control, std::move(board));
+  nccl::Config config;
+  if (options.max_ctas > 0) config.max_ctas = options.max_ctas;
+  communicator->connect(ranks[0].id, config, options.init_timeout_s);
+  return communicator;
+}
+
+}  // namespace tp_native::comm
