@@ -23,8 +23,9 @@ from tp_native.checkpoint.loader import DistributedCheckpointLoader, load_pretra
 from tp_native.checkpoint.writer import save_pretrained
 from tp_native.errors import CheckpointError, PlanError
 from tp_native.generate import generate
-from tp_native.group import Group, simulate
+from tp_native.group import Group
 from tp_native.parallelize import parallelize
+from tp_native.simulate import simulate
 from tp_native.state import full_state_dict, state_of
 
 WORLDS = [1, 2, 3, 4]

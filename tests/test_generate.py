@@ -12,8 +12,9 @@ from torch import Tensor
 from tiny import VOCAB, llama, qwen3, tokens
 from tp_native.errors import TensorParallelError
 from tp_native.generate import generate
-from tp_native.group import Group, simulate
+from tp_native.group import Group
 from tp_native.parallelize import DistributedModelWrapper, parallelize
+from tp_native.simulate import simulate
 
 WORLDS = [1, 2, 3, 4]
 

@@ -29,9 +29,10 @@ FOREIGN = {
 PYTHON = [
     {"_C", "partition", "errors", "config", "flight"},
     {"_native"},
-    {"_ops", "shm"},
+    {"_ops", "shm", "gpu"},
     {"c10d"},
     {"group"},
+    {"collectives", "simulate"},
     {"agreement"},
     {"nn"},
     {"plan"},

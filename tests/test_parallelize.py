@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from tiny import llama, qwen3, relative, tokens
 from tp_native.errors import PlanError
-from tp_native.group import Group, simulate
+from tp_native.group import Group
 from tp_native.nn import VocabParallelEmbedding
 from tp_native.parallelize import DistributedModelWrapper, parallelize
 from tp_native.plan import plan
+from tp_native.simulate import simulate
 from tp_native.state import full_state_dict, state_of
 from tp_native.verify import verify
 

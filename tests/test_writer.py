@@ -20,8 +20,9 @@ from tp_native.checkpoint import writer
 from tp_native.checkpoint.loader import load_pretrained
 from tp_native.checkpoint.writer import CheckpointSaver, parse_bytes, save_pretrained
 from tp_native.errors import CheckpointError
-from tp_native.group import Group, simulate
+from tp_native.group import Group
 from tp_native.parallelize import parallelize
+from tp_native.simulate import simulate
 
 WORLDS = [1, 2, 3, 4]
 

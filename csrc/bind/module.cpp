@@ -7,6 +7,7 @@
 #include "comm/backends.h"
 #include "comm/registry.h"
 #include "core/callbacks.h"
+#include "core/cuda_driver.h"
 #include "core/fault.h"
 #include "kernels/reduce.h"
 
@@ -132,14 +133,41 @@ PYBIND11_MODULE(_C, m) {
       "make_shm",
       [](const std::string& name, const std::string& address, int rank, int size,
          uint64_t generation, double timeout_s, double init_timeout_s, double frozen_timeout_s,
-         int launcher_pid, const std::string& flight_folder) {
+         int launcher_pid, const std::string& flight_folder, const std::string& offer) {
         return comm::make_shm(
             Identity{rank, size, name, "shm", generation, timeout_s, flight_folder},
-            {address, init_timeout_s, frozen_timeout_s, launcher_pid});
+            {address, init_timeout_s, frozen_timeout_s, launcher_pid, offer});
       },
       py::arg("name"), py::arg("address"), py::arg("rank"), py::arg("size"), py::arg("generation"),
       py::arg("timeout_s"), py::arg("init_timeout_s"), py::arg("frozen_timeout_s"),
-      py::arg("launcher_pid"), py::arg("flight_folder"), Released());
+      py::arg("launcher_pid"), py::arg("flight_folder"), py::arg("offer"), Released());
+  m.def("offers", &comm::offers, py::arg("communicator"), Released());
+  m.def(
+      "make_nccl",
+      [](const std::shared_ptr<Communicator>& control, int device, double init_timeout_s,
+         int max_ctas, bool is_gpu_shared, const std::string& file,
+         const std::vector<std::string>& wheel_files) {
+        return comm::make_nccl(
+            {device, init_timeout_s, max_ctas, is_gpu_shared, {file, wheel_files}}, control);
+      },
+      py::arg("control"), py::arg("device"), py::arg("init_timeout_s"), py::arg("max_ctas"),
+      py::arg("is_gpu_shared"), py::arg("file"), py::arg("wheel_files"), Released());
+  m.def(
+      "nccl_library",
+      [](const std::string& file, const std::vector<std::string>& wheel_files) {
+        const comm::nccl::Api& api = comm::nccl::api({file, wheel_files});
+        return std::pair(comm::nccl::version_text(api.version), api.path);
+      },
+      py::arg("file"), py::arg("wheel_files"), Released());
+  m.def(
+      "gpu_status",
+      [] {
+        std::string why;
+        const bool is_there = cuda::is_available(why);
+        return std::pair(is_there, why);
+      },
+      Released());
+  m.def("use_driver", &cuda::use_driver, py::arg("path"));  // tests
   m.def(
       "make_local",
       [](const std::string& name, int size, double timeout_s) {

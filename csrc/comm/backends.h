@@ -22,13 +22,18 @@ struct ShmOptions {
   double init_timeout_s = 60;
   double frozen_timeout_s = 10;  ///< a peer without a heartbeat for so long is given up
   int launcher_pid = 0;          ///< the parent, whose death ends this process; 0: nobody's
-  bool is_checked = true;        ///< false: no fingerprints, records or arrivals, for a benchmark
+  /// A short text for the other ranks: what this one can and wants to be.
+  std::string offer = {};
+  bool is_checked = true;  ///< false: no fingerprints, records or arrivals, for a benchmark
 };
 
 /// One host, one process per rank. Blocks until all ranks are there or `init_timeout_s` is over;
 /// the error names the missing ones. The group's generation is the highest `identity.generation`
 /// that a rank proposed, and ":" and that number are appended to its name.
 std::shared_ptr<Communicator> make_shm(Identity identity, const ShmOptions& options);
+
+/// What each rank offered.
+std::vector<std::string> offers(const std::shared_ptr<Communicator>& shm);
 
 /// `size` ranks as threads of this process; element r belongs to rank r.
 std::vector<std::shared_ptr<Communicator>> make_local(const Identity& identity);

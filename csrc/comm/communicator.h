@@ -100,6 +100,7 @@ struct Identity {
   uint64_t generation = 0;
   double timeout_s = 600;
   std::string flight_folder = {};  ///< where a failure leaves its flight record; empty: nowhere
+  int device = -1;                 ///< the GPU that it works on; -1: the CPU
 };
 
 /// All ranks call the same collectives in the same order. Calls of one rank are serialised. Every

@@ -49,7 +49,8 @@ int spin_pauses(int size) {
 
 }  // namespace
 
-void write_header(const Arena& arena, const Identity& identity, uint64_t group, int pid) {
+void write_header(const Arena& arena, const Identity& identity, uint64_t group, int pid,
+                  const std::string& offer) {
   auto* const header = new (arena.base()) RankHeader{};
   header->magic = kMagic;
   header->version = kProtocolVersion;
@@ -58,6 +59,7 @@ void write_header(const Arena& arena, const Identity& identity, uint64_t group, 
   header->pid = pid;
   header->group = group;
   header->capacity = arena.capacity();
+  copy_text(header->offer, offer);
   header->state.store(static_cast<uint32_t>(RankState::kJoining), std::memory_order_release);
 }
 
@@ -145,6 +147,11 @@ void HostCommunicator::beat() noexcept {
 
 uint64_t HostCommunicator::beats(int rank) const {
   return peers_[rank].header()->pulse.load(std::memory_order_relaxed);
+}
+
+std::string HostCommunicator::offer(int rank) const {
+  const char* const text = peers_[rank].header()->offer;
+  return {text, ::strnlen(text, kOfferBytes)};
 }
 
 bool HostCommunicator::has_left(int rank) const {

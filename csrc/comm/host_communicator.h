@@ -35,7 +35,8 @@ class Companion {
 };
 
 /// Fills in a fresh arena's header, state kJoining.
-void write_header(const Arena& arena, const Identity& identity, uint64_t group, int pid);
+void write_header(const Arena& arena, const Identity& identity, uint64_t group, int pid,
+                  const std::string& offer = {});
 /// Raises unless `peer`'s header is that of rank `rank` of this group.
 void check_header(const Peer& peer, int rank, const Identity& identity, uint64_t group);
 
@@ -73,6 +74,7 @@ class HostCommunicator final : public Communicator {
   /// thread.
   void publish_abort(FailureKind kind, int culprit, const std::string& text) noexcept;
   std::optional<Verdict> verdict() const;
+  std::string offer(int rank) const;
   bool has_left(int rank) const;
   void beat() noexcept;  ///< this rank lives
   uint64_t beats(int rank) const;

@@ -8,6 +8,7 @@
 #include "comm/host_board.h"
 #include "comm/nccl_communicator.h"
 #include "comm/signature.h"
+#include "core/callbacks.h"
 
 namespace tp_native::comm {
 namespace {
@@ -30,6 +31,7 @@ uint64_t host_id() {
 }
 
 Hello introduce(const Identity& identity, const NcclOptions& options) {
+  const PlainErrors plain;
   Hello hello;
   try {
     const nccl::Api& api = nccl::api(options.search);
@@ -94,6 +96,7 @@ std::shared_ptr<Communicator> make_nccl(const NcclOptions& options,
                                         const std::shared_ptr<Communicator>& control,
                                         std::shared_ptr<Board> board) {
   Identity identity = control->identity();
+  control->barrier(options.init_timeout_s, {});  // all have come: the rest takes no time
   const std::vector<Hello> ranks = exchange(*control, introduce(identity, options));
   check(ranks, options.is_gpu_shared);
   if (!board) {
@@ -102,6 +105,7 @@ std::shared_ptr<Communicator> make_nccl(const NcclOptions& options,
     board = std::make_shared<HostBoard>(std::move(host));
   }
   identity.backend = "nccl";
+  identity.device = options.device;
   auto communicator = std::make_shared<NcclCommunicator>(
       identity, nccl::api(), cuda::Device(options.device), control, std::move(board));
   nccl::Config config;

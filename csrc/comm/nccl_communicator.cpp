@@ -337,6 +337,7 @@ void NcclCommunicator::barrier(double timeout_s, Stream) {
 // ---- the watch
 
 void NcclCommunicator::watch() {
+  const PlainErrors plain;
   std::unique_lock lock(watch_mutex_);
   while (!is_failed_ && !is_ending_) {
     changed_.wait_for(lock, std::chrono::duration<double>(kWatchSeconds));

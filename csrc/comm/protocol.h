@@ -60,6 +60,7 @@ constexpr uint64_t kFlightEntries = 1024;
 enum class RankState : uint32_t { kJoining = 0, kActive = 1, kLeft = 2 };
 
 constexpr size_t kAbortTextBytes = 1536;
+constexpr size_t kOfferBytes = 64;
 
 /// What a rank has to say about a failure. Complete before the verdict names it: a rank that dies
 /// or stops while it writes leaves the verdict free for the next.
@@ -77,6 +78,7 @@ struct RankHeader {
   int32_t pid;
   uint64_t group;  ///< hash of the group's name and address
   uint64_t capacity;
+  char offer[kOfferBytes];  ///< what this rank can and wants to be, in its host language's words
   alignas(128) std::atomic<uint32_t> state;     ///< RankState
   alignas(128) std::atomic<uint32_t> sleepers;  ///< peers in a futex wait on one of the ticks
   alignas(128) std::atomic<uint64_t> pulse;     ///< heartbeats; stands still while frozen

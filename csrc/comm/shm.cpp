@@ -41,7 +41,7 @@ std::shared_ptr<Communicator> make_shm(Identity identity, const ShmOptions& opti
   const std::shared_ptr<Arena> arena =
       Arena::shared(std::max(memory, 2 * kReservedBytes), kReservedBytes);
   const uint64_t group = hash_text(options.address + "/" + identity.name);
-  write_header(*arena, identity, group, ::getpid());
+  write_header(*arena, identity, group, ::getpid(), options.offer);
 
   Roster roster = meet(identity, options.address, arena->fd(), options.init_timeout_s);
   identity.generation = roster.generation;
@@ -60,6 +60,14 @@ std::shared_ptr<Communicator> make_shm(Identity identity, const ShmOptions& opti
                                                  options.launcher_pid));
   communicator->barrier(options.init_timeout_s, {});  // every rank has mapped everybody's memory
   return communicator;
+}
+
+std::vector<std::string> offers(const std::shared_ptr<Communicator>& shm) {
+  const auto host = std::dynamic_pointer_cast<HostCommunicator>(shm);
+  TPN_CHECK(host, "only ranks over shared memory have offers");
+  std::vector<std::string> all;
+  for (int r = 0; r < host->identity().size; ++r) all.push_back(host->offer(r));
+  return all;
 }
 
 }  // namespace tp_native::comm

@@ -6,6 +6,7 @@
 namespace tp_native {
 namespace {
 Callbacks g_callbacks;  // set once, while the module loads and before any group exists
+thread_local int t_plain_errors = 0;
 }
 
 void install_callbacks(const Callbacks& callbacks) { g_callbacks = callbacks; }
@@ -27,8 +28,11 @@ void warn_later(const std::string& message) {
   }
 }
 
+PlainErrors::PlainErrors() { ++t_plain_errors; }
+PlainErrors::~PlainErrors() { --t_plain_errors; }
+
 void raise(FailureRecord record) {
-  if (g_callbacks.raise) g_callbacks.raise(record);
+  if (g_callbacks.raise && t_plain_errors == 0) g_callbacks.raise(record);
   throw Error(std::move(record));
 }
 

@@ -16,6 +16,16 @@ struct Callbacks {
   void (*warn_later)(const std::string&) = nullptr;  ///< from any thread, without waiting
 };
 
+/// While one lives on a thread, what is raised there is an Error, not the host's: for code that
+/// catches it, and for threads that the host does not know.
+class PlainErrors {
+ public:
+  PlainErrors();
+  ~PlainErrors();
+  PlainErrors(const PlainErrors&) = delete;
+  PlainErrors& operator=(const PlainErrors&) = delete;
+};
+
 void install_callbacks(const Callbacks& callbacks);
 const Callbacks& callbacks();
 void warn(const std::string& message);

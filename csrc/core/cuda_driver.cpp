@@ -3,6 +3,7 @@
 
 #include <mutex>
 
+#include "core/callbacks.h"
 #include "core/shared_library.h"
 
 namespace tp_native::cuda {
@@ -57,6 +58,7 @@ void use_driver(const std::string& path) {
 }
 
 bool is_available(std::string& why) {
+  const PlainErrors plain;
   try {
     int count = 0;
     TPN_CUDA(driver().DeviceGetCount(&count), "counting the GPUs");

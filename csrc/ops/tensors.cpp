@@ -3,6 +3,7 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/Exception.h>
 
 #include <sstream>
@@ -69,6 +70,20 @@ std::pair<at::Tensor, at::Tensor> empty_shared_pair(comm::Communicator& communic
         static_cast<char*>(block.data) + offset, shape, [owner = block.owner](void*) {}, options);
   };
   return {part(0), part(bytes)};
+}
+
+Placed::Placed(const char* op, const at::Tensor& t, const comm::Identity& group) {
+  const c10::Device device = t.device();
+  if (device.is_cpu() && group.device < 0) [[likely]]
+    return;
+  TORCH_CHECK_VALUE(device.is_cuda() && device.index() == group.device, op, ": the tensor is on ",
+                    device, ", group ", group.name, " works on ",
+                    group.device < 0 ? c10::Device(c10::kCPU)
+                                     : c10::Device(c10::kCUDA, static_cast<int8_t>(group.device)),
+                    ": move it with t.to(group.device)");
+  device_.reset_device(device);
+  const c10::Stream stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device);
+  stream_.handle = stream.native_handle();
 }
 
 void check_rank(const char* op, int64_t rank, const comm::Identity& group) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/DeviceGuard.h>
 
 #include <memory>
 #include <string_view>
@@ -26,6 +27,18 @@ at::Tensor empty_shared(comm::Communicator& communicator, at::IntArrayRef shape,
 std::pair<at::Tensor, at::Tensor> empty_shared_pair(comm::Communicator& communicator,
                                                     at::IntArrayRef shape,
                                                     const at::TensorOptions& options);
+
+/// The stream that a collective on `t` runs in, and while it lives `t`'s device is the current one.
+/// Raises ValueError for a tensor that is not where the group works.
+class Placed {
+ public:
+  Placed(const char* op, const at::Tensor& t, const comm::Identity& group);
+  operator comm::Stream() const { return stream_; }  // NOLINT
+
+ private:
+  c10::OptionalDeviceGuard device_;
+  comm::Stream stream_;
+};
 
 /// Raises ValueError unless `rank`, which a graph was traced for, is this process's.
 void check_rank(const char* op, int64_t rank, const comm::Identity& group);

@@ -3,6 +3,14 @@
 from ._native import _C
 from .checkpoint.loader import DistributedCheckpointLoader, load_pretrained
 from .checkpoint.writer import CheckpointSaver, save_pretrained
+from .collectives import (
+    all_gather_tensor,
+    all_reduce_sum,
+    broadcast_tensor,
+    copy_to_ranks,
+    reduce_scatter_sum,
+    synchronize_across_ranks,
+)
 from .config import TensorParallelConfig, get_tensor_parallel_config
 from .errors import (
     CheckpointError,
@@ -13,22 +21,12 @@ from .errors import (
     TensorParallelError,
 )
 from .generate import generate
-from .group import (
-    Group,
-    all_gather_tensor,
-    all_reduce_sum,
-    broadcast_tensor,
-    copy_to_ranks,
-    current_group,
-    init_tensor_parallel,
-    reduce_scatter_sum,
-    simulate,
-    synchronize_across_ranks,
-)
+from .group import Group, current_group, init_tensor_parallel
 from .nn import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from .parallelize import DistributedModelWrapper, parallelize
 from .partition import Partition
 from .plan import ShardPlan, plan
+from .simulate import simulate
 from .state import full_state_dict
 from .verify import verify
 

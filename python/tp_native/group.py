@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import Self
 
-from . import _ops, c10d, flight
+from . import _ops, c10d, flight, gpu
 from ._native import _C
 from .config import (
     TensorParallelConfig,
@@ -63,7 +63,9 @@ class Group:
         self.name = name
         # one address for the group's life, the same in forward and backward: compiled graphs
         # thread it through; groups that share ranks share it
-        self.order = torch.zeros(1, dtype=torch.int64) if order is None else order
+        if order is None:
+            order = torch.zeros(1, dtype=torch.int64, device=config.device)
+        self.order = order
         self._communicator = communicator
         self._address = address  # where its ranks meet; groups made from it meet beside it
         self._make = make
@@ -105,7 +107,12 @@ class Group:
         """Concatenate every rank's ``t`` along ``dim``, in rank order. ``partition``: unequal
         sizes of ``dim``.
         """
-        return all_gather_tensor(t.detach(), dim, self, partition=partition)
+        if self.size == 1:
+            return t.detach().clone()
+        sizes = partition.sizes if partition is not None else (t.size(dim),) * self.size
+        return _ops.all_gather(
+            t.detach(), self.order, sizes, dim, "replicated", self.rank, self.name
+        )
 
     def reduce_scatter(
         self, t: Tensor, dim: int = 0, partition: Partition | None = None, *, op: str = "sum"
@@ -191,7 +198,7 @@ class Group:
     def empty_shared(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """An uninitialised tensor in shared memory: collectives on it copy nothing."""
         if self.size == 1:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device=self.device)
         return _ops.empty_shared(self.order, shape, dtype, self.name)
 
     # -- life
@@ -237,7 +244,7 @@ class Group:
         ``(key, rank)``. Both groups stay usable, in an order that is the same on all ranks.
         Source: MPI 4.1, MPI_Comm_split; ncclCommSplit.
         """
-        mine = torch.tensor([-1 if color is None else color, key])
+        mine = torch.tensor([-1 if color is None else color, key], device=self.device)
         if color is not None and not 0 <= color < 2**31:
             raise ValueError(f"split: color {color}, expected None or 0 to 2**31 - 1")
         colors = self.all_gather(mine).view(-1, 2).tolist()
@@ -257,7 +264,7 @@ class Group:
         if self.backend == "local":
             self._local_splits.append(_split_local(base, config, self.order))
             return self._local_splits[-1]
-        if self.backend != "shm":
+        if self.backend not in ("shm", "nccl"):
             raise ValueError(
                 f"split: a group over {self.backend} cannot be split here; make the smaller "
                 "process group with torch.distributed.new_group and pass it"
@@ -276,7 +283,9 @@ class Group:
         if self._make is None:
             if self.size == 1:
                 return self
-            raise ValueError(f"renew: {self!r} cannot be made anew; only a shm group can")
+            raise ValueError(
+                f"renew: {self!r} cannot be made anew; only one whose ranks share a host can"
+            )
         if self._is_closed or self._communicator is None:
             raise TensorParallelError(f"renew: {self!r} is closed: call init_tensor_parallel()")
         proposed = self._communicator.generation + 1
@@ -443,10 +452,12 @@ def init_tensor_parallel(
 ) -> Group:
     """Join the other ranks and return the process's group; alone (no torchrun) a world of one.
 
-    ``backend``: "auto" or "shm" (shared memory within each host; Gloo between hosts, over the
-    interface that ``GLOO_SOCKET_IFNAME`` names), "c10d" (all ranks over ``torch.distributed``'s
-    default process group, made with Gloo where there is none). ``timeout_s``: how long a collective
-    waits for a living peer; ``init_timeout_s``: how long to wait for all ranks to start;
+    ``backend``: "nccl" (one GPU per rank; ranks on one host), "shm" (shared memory within each
+    host; Gloo between hosts, over the interface that ``GLOO_SOCKET_IFNAME`` names), "auto" (nccl
+    where every rank has a GPU of its own, else shm), "c10d" (all ranks over
+    ``torch.distributed``'s default process group, made with Gloo where there is none).
+    ``timeout_s``: how long a collective waits for a living peer; ``init_timeout_s``: how long to
+    wait for all ranks to start;
     ``frozen_timeout_s``: how long a peer on this host may give no sign of life (a stopped process;
     a busy one does) before the group is given up, after a warning at 1.5 s. Called again before
     ``close()`` it returns the same group. Called in a process that replaces a lost one, it joins
@@ -462,8 +473,8 @@ def init_tensor_parallel(
             f'backend {backend!r}: expected "auto", "shm", "c10d" or "nccl"; thread ranks '
             "come from simulate()"
         )
-    if backend == "nccl" and not _C.is_available("nccl"):
-        raise ValueError('backend "nccl" is not part of this build: use "auto" or "shm" (CPU)')
+    if backend == "nccl":
+        gpu.check_torch()
     with _process.lock:
         if _process.group is None or _process.group._pid != os.getpid():
             _process.group = _init_process(backend, timeout_s, init_timeout_s, frozen_timeout_s)
@@ -482,11 +493,18 @@ def _init_process(
     if backend == "c10d" and (config.world_size > 1 or dist.is_initialized()):
         return _process.over(c10d.world(config, next(_process.starts)), config)
     if config.world_size == 1:
+        if backend == "nccl":
+            config = gpu.on_gpu(config)
         _process.next_generation += 1
         return Group(config, None, f"tp:{_process.next_generation - 1}")
     if config.local_rank == 0:
         flight.prune(flight_folder())
     if config.local_world_size != config.world_size:
+        if backend == "nccl":
+            raise ValueError(
+                'backend "nccl" over several hosts is not available in this version: make a '
+                'torch.distributed process group over NCCL, or use "shm" (CPU)'
+            )
         start = next(_process.starts)
         group = Group(
             replace(config, backend="shm+c10d"),
@@ -494,7 +512,13 @@ def _init_process(
             f"tp:{start}",
         )
     else:
-        group = _make_group(config, "tp", job_address(config), generation=_process.next_generation)
+        group = _make_group(
+            config,
+            "tp",
+            job_address(config),
+            generation=_process.next_generation,
+            offer=gpu.offer_of(backend, config),
+        )
         _process.next_generation = group.generation + 1
     if "OMP_NUM_THREADS" not in os.environ:  # torchrun sets 1: its own or the user's choice stands
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.local_world_size))
@@ -507,90 +531,30 @@ def _make_group(
     address: str,
     order: Tensor | None = None,
     generation: int = 0,
+    offer: str | None = None,
 ) -> Group:
-    """A group over shared memory; ":" and the generation that its ranks agree on complete its
-    name.
+    """A group of ranks on one host; ":" and the generation that they agree on complete its name.
+
+    ``offer``: what this rank would be; without it, what ``config`` says that all are.
     """
 
     def make(proposed: int, init_timeout_s: float) -> _C.Communicator:
-        return make_shm(base, address, replace(config, init_timeout_s=init_timeout_s), proposed)
+        nonlocal config
+        meeting = replace(config, init_timeout_s=init_timeout_s)
+        control = make_shm(base, address, meeting, proposed, offer or config.backend)
+        if offer is not None and gpu.choose_backend(_C.offers(control)) == "nccl":
+            config = gpu.on_gpu(config)
+        if config.backend != "nccl":
+            return control
+        return gpu.make_nccl(control, config.device.index, init_timeout_s)
 
     communicator = make(generation, config.init_timeout_s)
     _C.register(communicator.name, communicator)
     return Group(config, communicator, communicator.name, address=address, make=make, order=order)
 
 
-# -- collectives with gradients
+# -- groups made from groups of thread ranks
 
-
-def all_reduce_sum(t: Tensor, group: GroupLike | None = None) -> Tensor:
-    """The sum of ``t`` over the ranks. Backward: identity (cotangents are replicated)."""
-    g = current_group(group)
-    return _ops.all_reduce(t, g.order, "sum", g.name) if g.size > 1 else t.clone()
-
-
-def copy_to_ranks(t: Tensor, group: GroupLike | None = None) -> Tensor:
-    """``t``, replicated already; marks where ranks begin to compute different parts. Backward:
-    all-reduce.
-
-    Source: Megatron-LM, arXiv:1909.08053, the operator *f* of section 3.
-    """
-    g = current_group(group)
-    return _ops.copy_to_ranks(t, g.order, g.name) if g.size > 1 else t.clone()
-
-
-def broadcast_tensor(t: Tensor, src_rank: int = 0, group: GroupLike | None = None) -> Tensor:
-    """Rank ``src_rank``'s ``t`` on all ranks. Backward: the sum of all ranks' gradients to it,
-    zero elsewhere.
-    """
-    g = current_group(group)
-    # not g._check_rank: compilers know no method of a group that they made while tracing
-    Group._check_rank(g, "broadcast_tensor", "src_rank", src_rank)
-    return _ops.broadcast(t, g.order, src_rank, g.rank, g.name) if g.size > 1 else t.clone()
-
-
-def all_gather_tensor(
-    t: Tensor,
-    dim: int = -1,
-    group: GroupLike | None = None,
-    grad: str = "replicated",
-    *,
-    partition: Partition | None = None,
-) -> Tensor:
-    """Concatenate the ranks' ``t`` along ``dim``; other dimensions must be equal.
-
-    ``partition``: the sizes of ``dim`` where they differ. ``grad``: "replicated" if what follows is
-    computed alike on all ranks (backward: this rank's slice), "partial" if each rank computes a
-    part (backward: reduce-scatter).
-    """
-    g = current_group(group)
-    if g.size == 1:
-        return t.clone()
-    sizes = partition.sizes if partition is not None else (t.size(dim),) * g.size
-    return _ops.all_gather(t, g.order, sizes, dim, grad, g.rank, g.name)
-
-
-def reduce_scatter_sum(
-    t: Tensor, dim: int = 0, group: GroupLike | None = None, *, partition: Partition | None = None
-) -> Tensor:
-    """Sum ``t`` over the ranks and keep this rank's part of ``dim``. Backward: all-gather."""
-    g = current_group(group)
-    if g.size == 1:
-        return t.clone()
-    cut = partition if partition is not None else Partition.even(t.size(dim), g.size)
-    return _ops.reduce_scatter(t, g.order, cut.sizes, dim, "sum", g.rank, g.name)
-
-
-def synchronize_across_ranks(
-    group: GroupLike | None = None, timeout_s: float | None = None
-) -> None:
-    """Return when all ranks have called it."""
-    current_group(group).barrier(timeout_s)
-
-
-# -- ranks as threads
-
-_simulations = itertools.count()
 _local_splits: dict[str, list[_C.Communicator | None]] = {}
 _local_splits_lock = threading.Lock()
 
@@ -609,65 +573,3 @@ def _split_local(base: str, config: TensorParallelConfig, order: Tensor) -> Grou
     group = Group(config, communicator, f"{base}@{config.rank}", order=order)
     _C.register(group.name, communicator)
     return group
-
-
-def simulate(fn: Callable[..., T], world_size: int, *args: Any) -> list[T]:
-    """Run ``fn(group, *args)`` on ``world_size`` thread ranks of this process; the results in rank
-    order.
-
-    For tests, notebooks and debuggers: the same collectives as between processes. The first failure
-    is raised here, after all ranks have ended.
-    """
-    if world_size < 1:
-        raise ValueError(f"simulate: world_size {world_size}, expected at least 1")
-    name = f"tp:sim{next(_simulations)}"
-    timeout_s = TensorParallelConfig.timeout_s
-    communicators: list[_C.Communicator | None] = [None]
-    if world_size > 1:
-        communicators = list(_C.make_local(name, world_size, timeout_s))
-    results: list[Any] = [None] * world_size
-    failures: list[BaseException] = []
-    grad_enabled = torch.is_grad_enabled()
-
-    def run(rank: int) -> None:
-        config = TensorParallelConfig(rank, world_size, rank, world_size, "local")
-        communicator = communicators[rank]
-        group = Group(config, communicator, f"{name}@{rank}")
-        if communicator is not None:
-            _C.register(group.name, communicator)
-        _override.set(group)
-        try:
-            with (
-                torch.set_grad_enabled(grad_enabled),
-                torch.autograd.set_multithreading_enabled(False),
-            ):
-                results[rank] = fn(group, *args)
-        except BaseException as error:
-            failures.append(error)
-            group.abort(f"{type(error).__name__}: {error}")
-        finally:
-            group.close()
-
-    threads = [
-        threading.Thread(target=contextvars.Context().run, args=(run, rank), name=f"{name}@{rank}")
-        for rank in range(world_size)
-    ]
-    with _process.lock:
-        _process.simulations += 1
-    for thread in threads:
-        thread.start()
-    try:
-        for thread in threads:
-            thread.join()
-    except BaseException as error:
-        if communicators[0] is not None:
-            communicators[0].abort(f"{type(error).__name__} in the thread that called simulate()")
-        for thread in threads:
-            thread.join()
-        raise
-    finally:
-        with _process.lock:
-            _process.simulations -= 1
-    if failures:
-        raise failures[0]
-    return results

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from .agreement import agreed, check_same
 from .checkpoint.writer import parse_bytes, save_pretrained
+from .collectives import copy_to_ranks
 from .errors import PlanError
-from .group import Group, GroupLike, copy_to_ranks, current_group
+from .group import Group, GroupLike, current_group
 from .nn import (
     ColumnParallelLinear,
     RowParallelLinear,

@@ -7,10 +7,14 @@ from .config import TensorParallelConfig, flight_folder, launcher_pid
 
 
 def make_shm(
-    name: str, address: str, config: TensorParallelConfig, generation: int = 0
+    name: str,
+    address: str,
+    config: TensorParallelConfig,
+    generation: int = 0,
+    offer: str = "shm",
 ) -> _C.Communicator:
     """Meet ``config.world_size`` ranks at ``address``. ":" and the generation that they agree on,
-    the highest that one of them proposes, complete ``name``.
+    the highest that one of them proposes, complete ``name``. All ranks are told ``offer``.
     """
     return _C.make_shm(
         name=name,
@@ -23,4 +27,5 @@ def make_shm(
         frozen_timeout_s=config.frozen_timeout_s,
         launcher_pid=launcher_pid(),
         flight_folder=flight_folder(),
+        offer=offer,
     )

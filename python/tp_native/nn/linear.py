@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from .. import _ops
-from ..group import GroupLike, all_gather_tensor, copy_to_ranks
+from ..collectives import all_gather_tensor, copy_to_ranks
+from ..group import GroupLike
 from ..partition import Partition
 from .sharded import ShardedModule
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ..group import GroupLike, all_gather_tensor, current_group
+from ..collectives import all_gather_tensor
+from ..group import GroupLike, current_group
 from ..partition import Partition
 
 

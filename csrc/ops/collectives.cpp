@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The collectives on CPU tensors: checks, layout, one call of the communicator.
+// The collectives, on a CPU or a GPU: checks, layout, one call of the communicator.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
@@ -50,7 +50,7 @@ void all_reduce_in_place(const Tensor& t, const Tensor&, std::string_view op,
                             .reduce = reduce,
                             .shape = span_of(t.sizes())};
   communicator->all_reduce(signature, whole.const_data_ptr(), whole.mutable_data_ptr(),
-                           whole.numel(), {}, {});
+                           whole.numel(), {}, Placed("all_reduce", t, communicator->identity()));
   if (!whole.is_same(t)) t.copy_(whole);
   bump_version(t);
 }
@@ -65,7 +65,7 @@ Tensor all_reduce(const Tensor& t, const Tensor&, std::string_view op, std::stri
   const Tensor out = empty_shared(*communicator, t.sizes(), t.options());
   out.copy_(t);
   communicator->all_reduce(signature, out.const_data_ptr(), out.mutable_data_ptr(), out.numel(), {},
-                           {});
+                           Placed("all_reduce", t, communicator->identity()));
   return out;
 }
 
@@ -79,7 +79,8 @@ void broadcast_in_place(const Tensor& t, const Tensor&, int64_t src, std::string
                             .dtype = dtype_of(t),
                             .root = static_cast<int>(src),
                             .shape = span_of(t.sizes())};
-  communicator->broadcast(signature, whole.mutable_data_ptr(), whole.numel(), {});
+  communicator->broadcast(signature, whole.mutable_data_ptr(), whole.numel(),
+                          Placed("broadcast", t, communicator->identity()));
   if (!whole.is_same(t)) t.copy_(whole);
   bump_version(t);
 }
@@ -118,7 +119,7 @@ Tensor all_gather(const Tensor& t, const Tensor&, Sizes symbolic, int64_t dim, s
                             .shape = shape,
                             .sizes = span_of(sizes)};
   communicator->all_gather(signature, in.const_data_ptr(), out.mutable_data_ptr(), rows, columns,
-                           {});
+                           Placed("all_gather", t, self));
   return out;
 }
 
@@ -147,7 +148,8 @@ Tensor reduce_scatter(const Tensor& t, const Tensor&, Sizes symbolic, int64_t di
                             .dim = static_cast<int>(dim),
                             .shape = span_of(t.sizes()),
                             .sizes = span_of(sizes)};
-  communicator->reduce_scatter(signature, in.const_data_ptr(), out.mutable_data_ptr(), counts, {});
+  communicator->reduce_scatter(signature, in.const_data_ptr(), out.mutable_data_ptr(), counts,
+                               Placed("reduce_scatter", t, self));
   return out.movedim(0, dim).contiguous();
 }
 
@@ -192,7 +194,8 @@ void gather_into(const Tensor& t, const Tensor&, const Tensor& out, Sizes symbol
                             .root = static_cast<int>(dst),
                             .shape = cut.shape,
                             .sizes = span_of(sizes)};
-  communicator->gather(signature, in.const_data_ptr(), out.mutable_data_ptr(), cut.counts, {});
+  communicator->gather(signature, in.const_data_ptr(), out.mutable_data_ptr(), cut.counts,
+                       Placed("gather", t, communicator->identity()));
   bump_version(out);
 }
 
@@ -208,7 +211,8 @@ void scatter_into(const Tensor& t, const Tensor&, const Tensor& out, Sizes symbo
                             .root = static_cast<int>(src),
                             .shape = cut.shape,
                             .sizes = span_of(sizes)};
-  communicator->scatter(signature, in.const_data_ptr(), out.mutable_data_ptr(), cut.counts, {});
+  communicator->scatter(signature, in.const_data_ptr(), out.mutable_data_ptr(), cut.counts,
+                        Placed("scatter", out, communicator->identity()));
   bump_version(out);
 }
 
@@ -219,7 +223,7 @@ Tensor make_empty_shared(const Tensor& order, Sizes symbolic, at::ScalarType dty
                       order.options().dtype(dtype));
 }
 
-TORCH_LIBRARY_IMPL(tp_native, CPU, m) {
+void implement(torch::Library& m) {
   m.impl("all_reduce_", &all_reduce_in_place);
   m.impl("broadcast_", &broadcast_in_place);
   m.impl("all_reduce", &all_reduce);
@@ -231,6 +235,9 @@ TORCH_LIBRARY_IMPL(tp_native, CPU, m) {
   m.impl("scatter_into", &scatter_into);
   m.impl("empty_shared", &make_empty_shared);
 }
+
+TORCH_LIBRARY_IMPL(tp_native, CPU, m) { implement(m); }
+TORCH_LIBRARY_IMPL(tp_native, CUDA, m) { implement(m); }
 
 }  // namespace
 }  // namespace tp_native::ops

@@ -1,0 +1,80 @@
+"""GPUs under a group: which backend the ranks agree on, and where NCCL is."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from ._native import _C
+from .config import TensorParallelConfig
+from .errors import TensorParallelError
+
+
+def offer_of(backend: str, config: TensorParallelConfig) -> str:
+    """What this rank tells the others: what it was asked to be, and whether a GPU is its own."""
+    has_gpu = torch.cuda.is_available() and torch.cuda.device_count() >= config.local_world_size
+    return f"{backend} {'cuda' if has_gpu else 'cpu'}"
+
+
+def choose_backend(offers: Sequence[str]) -> str:
+    """ "shm" or "nccl", the same on all ranks: what one asked for, else NCCL where every rank has a
+    GPU of its own.
+
+    Raises: ValueError, on all ranks, where two asked for different ones.
+    """
+    wanted = [offer.split()[0] for offer in offers]
+    asked = sorted(set(wanted) - {"auto"})
+    if len(asked) > 1:
+        each = ", ".join(f'rank {rank} "{name}"' for rank, name in enumerate(wanted))
+        raise ValueError(f"the ranks asked for different backends: {each}; give all the same")
+    if asked:
+        return asked[0]
+    return "nccl" if all(offer.split()[1] == "cuda" for offer in offers) else "shm"
+
+
+def check_torch() -> None:
+    """Raise TensorParallelError unless torch can put tensors on a GPU of this machine."""
+    if not torch.cuda.is_available():
+        raise TensorParallelError(
+            'backend "nccl" needs a GPU and a torch that was built for CUDA; this is torch '
+            f"{torch.__version__}, and {_C.gpu_status()[1] or 'it does not see the GPU'}"
+        )
+
+
+def on_gpu(config: TensorParallelConfig) -> TensorParallelConfig:
+    """``config`` on this rank's GPU, which becomes torch's current one."""
+    check_torch()
+    device = torch.device("cuda", config.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return replace(config, backend="nccl", device=device)
+
+
+def make_nccl(control: _C.Communicator, device: int, init_timeout_s: float) -> _C.Communicator:
+    """The group of ``control``'s ranks over NCCL, each on a GPU of its own. Collective.
+
+    ``TP_NATIVE_NCCL_PATH`` names the library to take, ``TP_NATIVE_NCCL_MAX_CTAS`` how many thread
+    blocks it may use. Ranks may share a GPU, for tests, where NCCL was told so:
+    ``NCCL_MULTI_RANK_GPU_ENABLE=1`` from 2.30 on, or an ``NCCL_HOSTID`` for each process.
+    """
+    environ = os.environ
+    return _C.make_nccl(
+        control=control,
+        device=device,
+        init_timeout_s=init_timeout_s,
+        max_ctas=int(environ.get("TP_NATIVE_NCCL_MAX_CTAS", "0")),
+        is_gpu_shared=environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1" or "NCCL_HOSTID" in environ,
+        file=environ.get("TP_NATIVE_NCCL_PATH", ""),
+        wheel_files=wheel_files("nccl", "libnccl.so.2"),
+    )
+
+
+def wheel_files(package: str, file: str) -> list[str]:
+    """``file`` where an installed wheel of NVIDIA's has put it; nothing is imported."""
+    spec = importlib.util.find_spec("nvidia")
+    folders = spec.submodule_search_locations if spec is not None else None
+    found = [os.path.join(folder, package, "lib", file) for folder in folders or []]
+    return [path for path in found if os.path.isfile(path)]

@@ -1,0 +1,117 @@
+"""Which backend ranks agree on, and NCCL as Python meets it: over test doubles of NVIDIA's
+libraries where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import tp_native as tp
+from tp_native import _C, gpu
+
+ROOT = Path(__file__).parents[1]
+DOUBLES = ROOT / "build" / "csrc" / "doubles"
+
+
+@pytest.mark.parametrize(
+    ("offers", "backend"),
+    [
+        (["auto cuda", "auto cuda"], "nccl"),
+        (["auto cuda", "auto cpu"], "shm"),
+        (["auto cpu", "auto cpu", "auto cpu"], "shm"),
+        (["nccl cuda", "auto cuda"], "nccl"),
+        (["auto cuda", "shm cuda"], "shm"),
+        (["auto cpu", "nccl cpu"], "nccl"),  # asked for: then it is an error, not another backend
+    ],
+)
+def test_all_ranks_choose_alike(offers: list[str], backend: str) -> None:
+    assert gpu.choose_backend(offers) == backend
+
+
+def test_ranks_that_ask_for_different_backends_are_told() -> None:
+    with pytest.raises(ValueError, match='different backends: rank 0 "nccl", rank 1 "shm"; give'):
+        gpu.choose_backend(["nccl cuda", "shm cuda"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_nccl_without_a_gpu_is_refused_before_anybody_waits() -> None:
+    with pytest.raises(tp.TensorParallelError, match=r'"nccl" needs a GPU and a torch .* for CUDA'):
+        tp.init_tensor_parallel("nccl")
+
+
+OVER_NCCL = """
+import sys, threading
+import tp_native as tp
+from tp_native import _C
+
+_C.use_driver(sys.argv[1] + "/libfake_cuda.so")
+assert _C.gpu_status() == (True, "") and _C.is_available("nccl")
+controls = _C.make_local("tp:gpu", 2, 5.0)
+made, told = [None, None], [None, None]
+
+def start(rank, nccl=sys.argv[1] + "/libfake_nccl.so"):
+    try:
+        made[rank] = _C.make_nccl(controls[rank], rank, 5.0, 0, False, nccl, [])
+        made[rank].barrier(0.0)
+        if rank == 0:
+            made[0].abort("enough")
+        while True:
+            made[rank].check()
+    except tp.TensorParallelError as error:
+        told[rank] = str(error)
+
+threads = [threading.Thread(target=start, args=(rank,)) for rank in range(2)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+assert all("rank 0 aborted the group: enough" in text for text in told), told
+assert [c.backend for c in made] == ["nccl"] * 2 and made[0].name == "tp:gpu"
+assert [line[1] for line in made[1].op_log()] == ["init", "barrier"]
+assert _C.nccl_library("", []) == ("2.28.9", sys.argv[1] + "/libfake_nccl.so")
+[c.close() for c in made]
+
+controls = _C.make_local("tp:missing", 2, 5.0)
+try:
+    _C.make_nccl(controls[0], 7, 1.0, 0, False, "", [])
+    sys.exit("a device that is not there")
+except tp.TensorParallelError as error:
+    print(error)
+"""
+
+
+def test_a_group_over_nccl_in_python() -> None:
+    if not (DOUBLES / "libfake_nccl.so").exists():
+        pytest.skip("the C++ tests' doubles are not built: make ctest")
+    ran = subprocess.run(
+        [sys.executable, "-c", OVER_NCCL, str(DOUBLES)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "did not come within 1 s" in ran.stdout  # rank 0 alone waits for its deadline only
+
+
+@pytest.mark.skipif(
+    not gpu.wheel_files("nccl", "libnccl.so.2"), reason="no nvidia-nccl wheel is installed"
+)
+def test_the_wheels_library_answers_beside_a_cpu_torch() -> None:
+    version, path = _C.nccl_library("", gpu.wheel_files("nccl", "libnccl.so.2"))
+    assert int(version.split(".")[0]) == 2 and path.endswith("libnccl.so.2")
+
+
+def test_the_module_needs_no_library_of_nvidias() -> None:
+    spec = importlib.util.find_spec("tp_native._C")
+    assert spec is not None and spec.origin is not None
+    listed = subprocess.run(
+        ["readelf", "--dynamic", spec.origin], capture_output=True, text=True, check=True
+    ).stdout
+    needed = [line for line in listed.splitlines() if "(NEEDED)" in line]
+    assert any("libtorch_cpu" in line for line in needed)
+    assert not [line for line in needed if "cuda" in line or "nccl" in line or "cublas" in line]
