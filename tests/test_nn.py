@@ -5,6 +5,7 @@ empty shards.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -225,7 +226,9 @@ def options(group: Group) -> None:
     y, bias = layer(x)
     assert bias is layer.bias
     check(y + bias, torch.nn.functional.linear(x, layer.weight, layer.bias), "skip_bias_add")
-    for activation, fn in (("relu", torch.relu), ("silu", nn.functional.silu)):
+    tanh = partial(nn.functional.gelu, approximate="tanh")
+    every = {"relu": torch.relu, "silu": nn.functional.silu, "gelu": nn.functional.gelu}
+    for activation, fn in (*every.items(), ("gelu_tanh", tanh)):
         layer = ColumnParallelLinear.from_linear(
             dense, group=group, activation=activation, gather_output=True
         )

@@ -30,6 +30,12 @@ def samples(group: Group) -> Iterator[tuple[str, tuple[Any, ...]]]:
     args = (t(2, 2, mine), t(5, mine), t(5), residual, scale, 1e-5, order, widths, name)
     yield "row_parallel_linear_add_rms_norm", args
     yield "column_parallel_linear", (t(3, 6), t(mine, 6), t(mine), order, widths, name)
+    for act in ("relu", "gelu_tanh"):
+        args = (t(3, 6), t(mine, 6), t(mine), act, order, widths, name)
+        yield "column_parallel_linear_act", args
+    for act in ("silu", "gelu", "gelu_tanh"):
+        yield "glu", (t(3, 8), act)
+    yield "glu_backward", (torch.randn(2, 3, 4), torch.randn(2, 3, 8), "silu")
     yield "all_reduce", (t(7), order, "sum", name)
     yield "copy_to_ranks", (t(7), order, name)
     yield "broadcast", (t(7), order, 0, rank, name)

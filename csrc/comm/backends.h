@@ -54,4 +54,8 @@ std::shared_ptr<Communicator> make_nccl(const NcclOptions& options,
                                         const std::shared_ptr<Communicator>& control,
                                         std::shared_ptr<Board> board = nullptr);
 
+/// The same ranks on GPUs by kernels of our own, several of them on one GPU if need be; each calls
+/// from a stream of its own. Collective.
+std::shared_ptr<Communicator> make_peers(int device, const std::shared_ptr<Communicator>& control);
+
 }  // namespace tp_native::comm

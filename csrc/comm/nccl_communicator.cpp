@@ -13,14 +13,12 @@
 namespace tp_native::comm {
 namespace {
 
-constexpr double kWatchSeconds = 0.01;
-constexpr double kWarnSeconds = 30;
 constexpr double kBlameSeconds = 0.5;  // NCCL may notice a death before the watch has named it
 bool is_perhaps_a_peers(int result) {
   return result == nccl::kSystemError || result == nccl::kInternalError ||
          result == nccl::kRemoteError;
 }
-constexpr double kEndSeconds = 5;  // for what is pending, then for NCCL to finish
+constexpr double kFinalizeSeconds = 5;
 
 void sleep_s(double seconds) {
   std::this_thread::sleep_for(std::chrono::duration<double>(seconds));
@@ -63,25 +61,17 @@ NcclCommunicator::NcclCommunicator(Identity identity, const nccl::Api& api,
                                    const cuda::Device& device,
                                    std::shared_ptr<Communicator> control,
                                    std::shared_ptr<Board> board)
-    : BoardCommunicator(std::move(identity), std::move(board)),
-      api_(api),
-      device_(device),
-      control_(std::move(control)),
-      thread_([this] { watch(); }) {}
-
-NcclCommunicator::~NcclCommunicator() {
-  if (is_forked_child()) {
-    new std::thread(std::move(thread_));  // it does not exist here: never joined, never ended
-    return;
-  }
-  close();
-  if (thread_.joinable()) thread_.join();
+    : DeviceCommunicator(std::move(identity), device, std::move(control), std::move(board)),
+      api_(api) {
+  start_watch();
 }
+
+NcclCommunicator::~NcclCommunicator() { stop_watch(); }
 
 void NcclCommunicator::connect(const nccl::UniqueId& id, nccl::Config config, double timeout_s) {
   const Signature signature{.op = OpCode::kInit};
   collective(signature, 0, timeout_s, [&] {
-    const cuda::Current current(device_);
+    const cuda::Current current(device());
     int result = 0;
     {
       std::lock_guard lock(nccl_mutex_);
@@ -151,28 +141,6 @@ void NcclCommunicator::grouped(const Calls& calls) {
     const int result = calls(handle);
     const int ended = api_.GroupEnd();  // also after a failure: the group is this thread's
     return result != nccl::kSuccess && result != nccl::kInProgress ? result : ended;
-  });
-}
-
-void NcclCommunicator::launch(const Signature& signature, int64_t bytes, Stream stream,
-                              const std::function<void(cuda::StreamHandle)>& body) {
-  collective(signature, bytes, 0, [&] {
-    const cuda::Current current(device_);
-    auto* const handle = static_cast<cuda::StreamHandle>(stream.handle);
-    body(handle);
-    if (cuda::is_capturing(handle)) {  // nothing runs now, and a replay is noted nowhere
-      board().finish(seq());
-      return;
-    }
-    std::lock_guard lock(pending_mutex_);
-    cuda::Event event = [&] {
-      if (spare_.empty()) return cuda::Event();
-      cuda::Event last = std::move(spare_.back());
-      spare_.pop_back();
-      return last;
-    }();
-    event.record(handle);
-    pending_.push_back({seq(), std::move(event), now_s()});
   });
 }
 
@@ -329,41 +297,9 @@ void NcclCommunicator::broadcast(const Signature& s, void* data, int64_t count, 
   });
 }
 
-void NcclCommunicator::barrier(double timeout_s, Stream) {
-  const Signature signature{.op = OpCode::kBarrier};
-  collective(signature, 0, timeout_s, [&] { control_->barrier(this->timeout_s(), {}); });
-}
-
 // ---- the watch
 
-void NcclCommunicator::watch() {
-  const PlainErrors plain;
-  std::unique_lock lock(watch_mutex_);
-  while (!is_failed_ && !is_ending_) {
-    changed_.wait_for(lock, std::chrono::duration<double>(kWatchSeconds));
-    if (is_failed_ || is_ending_) break;
-    lock.unlock();
-    try {
-      const cuda::Current current(device_);
-      board().look();
-      look_at_nccl();
-      look_at_pending();
-    } catch (const std::exception& error) {
-      board().claim({FailureKind::kError, identity_.rank,
-                     concat("rank ", identity_.rank, " failed: ", error.what())});
-    }
-    const bool has_failed = board().verdict().has_value();
-    lock.lock();
-    is_failed_ = is_failed_ || has_failed;
-  }
-  lock.unlock();
-  end_nccl();
-  lock.lock();
-  has_ended_ = true;
-  changed_.notify_all();
-}
-
-void NcclCommunicator::look_at_nccl() {
+void NcclCommunicator::look_at_library() {
   int state = nccl::kSuccess;
   std::string text;
   {
@@ -385,109 +321,23 @@ void NcclCommunicator::look_at_nccl() {
                  concat("NCCL failed on rank ", identity_.rank, ": ", text)});
 }
 
-void NcclCommunicator::look_at_pending() {
-  std::lock_guard lock(pending_mutex_);
-  while (!pending_.empty() && pending_.front().event.is_reached()) {
-    board().finish(pending_.front().seq);
-    spare_.push_back(std::move(pending_.front().event));
-    pending_.pop_front();
-  }
-  if (pending_.empty()) return;
-  Pending& oldest = pending_.front();
-  if (const int left = board().left_before(oldest.seq); left >= 0) {
-    board().claim({FailureKind::kPeerLost, left, concat("rank ", left, " left the group")});
-    return;
-  }
-  const double waited_s = now_s() - oldest.since_s;
-  const bool is_late = waited_s >= identity_.timeout_s;
-  if (!is_late && (oldest.is_warned || waited_s < kWarnSeconds)) return;
-  const Late late = find_late(board().call_roll(), oldest.seq);
-  const std::string who =
-      late.culprit >= 0 ? concat("rank ", late.culprit, " did not come")
-                        : std::string("all ranks called it, but a GPU did not get through it");
-  if (is_late) {
-    board().claim({FailureKind::kTimeout, late.culprit,
-                   concat("operation #", oldest.seq, ": ", who, " within ", identity_.timeout_s,
-                          " s; ", late.table, "; raise timeout_s if it is only slow")});
-    return;
-  }
-  oldest.is_warned = true;
-  warn_later(concat("rank ", identity_.rank, " of group ", identity_.name, " has waited ",
-                    static_cast<int>(waited_s), " s for operation #", oldest.seq, " on ",
-                    device_.name(), ": ", who, "; ", late.table));
-}
-
-/// True once nothing is pending, false when it is too late or the group fails first.
-bool NcclCommunicator::drain(double end_s) {
-  for (; now_s() < end_s && !board().verdict(); sleep_s(1e-3)) {
-    look_at_pending();
-    std::lock_guard lock(pending_mutex_);
-    if (pending_.empty()) return true;
-  }
-  return false;
-}
-
-void NcclCommunicator::end_nccl() noexcept {
+void NcclCommunicator::end(bool is_orderly) noexcept {
   nccl::Handle handle = nullptr;
   {
     std::lock_guard lock(nccl_mutex_);
     handle = std::exchange(handle_, nullptr);  // nobody else calls anything on it now
   }
   if (!handle) return;
-  bool is_orderly = false;
-  try {
-    const cuda::Current current(device_);
-    if (!board().verdict() && drain(now_s() + kEndSeconds)) {
-      int state = api_.CommFinalize(handle);
-      const double end = now_s() + kEndSeconds;
-      while (state == nccl::kInProgress && now_s() < end) {
-        sleep_s(1e-3);
-        if (api_.CommGetAsyncError(handle, &state) != nccl::kSuccess) break;
-      }
-      is_orderly = state == nccl::kSuccess && api_.CommDestroy(handle) == nccl::kSuccess;
+  if (is_orderly) {
+    int state = api_.CommFinalize(handle);
+    const double end_s = now_s() + kFinalizeSeconds;
+    while (state == nccl::kInProgress && now_s() < end_s) {
+      sleep_s(1e-3);
+      if (api_.CommGetAsyncError(handle, &state) != nccl::kSuccess) break;
     }
-    if (!is_orderly) (void)api_.CommAbort(handle);
-    std::lock_guard lock(pending_mutex_);
-    pending_.clear();
-    spare_.clear();
-  } catch (const std::exception& error) {
-    warn_later(concat("group ", identity_.name, " ended badly on rank ", identity_.rank, ": ",
-                      error.what()));
-    if (!is_orderly) (void)api_.CommAbort(handle);
+    if (state == nccl::kSuccess && api_.CommDestroy(handle) == nccl::kSuccess) return;
   }
-}
-
-void NcclCommunicator::drop() noexcept {
-  {
-    std::lock_guard lock(watch_mutex_);
-    is_failed_ = true;
-  }
-  changed_.notify_all();
-}
-
-void NcclCommunicator::interrupt() noexcept {
-  try {
-    control_->close();               // sends away who waits in a barrier
-  } catch (const std::exception&) {  // whoever waits there says why
-  }
-}
-
-void NcclCommunicator::release() noexcept {
-  std::unique_lock lock(watch_mutex_);
-  is_ending_ = true;
-  changed_.notify_all();
-  const auto limit = std::chrono::duration<double>(2 * kEndSeconds + 2);
-  if (changed_.wait_for(lock, limit, [&] { return has_ended_; })) {
-    lock.unlock();
-    thread_.join();
-    return;
-  }
-  lock.unlock();
-  const auto self = weak_from_this().lock();
-  if (!self) return;  // the destructor waits
-  warn(concat("group ", identity_.name, ": NCCL does not end on rank ", identity_.rank,
-              "; it is left behind until this process ends"));
-  new std::shared_ptr<NcclCommunicator>(self);  // its thread goes on
+  (void)api_.CommAbort(handle);
 }
 
 }  // namespace tp_native::comm

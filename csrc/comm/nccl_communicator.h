@@ -1,20 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// Collectives on GPUs over NCCL. A call returns once the operation is in the stream; what ranks
-// agree on beside it, order, failures, deadlines, goes over a Board and is looked after by a thread
-// of this communicator's, which alone aborts and destroys NCCL's (DESIGN.md 7).
+// Collectives on GPUs over NCCL. Calls into it are short and under a lock; only the watch's thread
+// aborts and destroys its communicator (DESIGN.md 7).
 #pragma once
 
-#include <condition_variable>
-#include <deque>
-#include <thread>
-
-#include "comm/board_communicator.h"
+#include "comm/device_communicator.h"
 #include "comm/nccl_api.h"
 
 namespace tp_native::comm {
 
-class NcclCommunicator final : public BoardCommunicator,
-                               public std::enable_shared_from_this<NcclCommunicator> {
+class NcclCommunicator final : public DeviceCommunicator {
  public:
   /// Unusable before connect(). `control`: the same ranks on their hosts; from here on it runs
   /// barriers only.
@@ -35,26 +29,12 @@ class NcclCommunicator final : public BoardCommunicator,
   void scatter(const Signature&, const void* in, void* out, std::span<const int64_t> counts,
                Stream) override;
   void broadcast(const Signature&, void* data, int64_t count, Stream) override;
-  void barrier(double timeout_s, Stream) override;
 
  protected:
-  std::optional<Verdict> explain() override { return board().verdict(); }
-  void drop() noexcept override;
-  void interrupt() noexcept override;
-  void release() noexcept override;
+  void look_at_library() override;
+  void end(bool is_orderly) noexcept override;
 
  private:
-  /// An operation in a stream whose end nobody has seen yet.
-  struct Pending {
-    uint64_t seq;
-    cuda::Event event;
-    double since_s;
-    bool is_warned = false;
-  };
-
-  /// A collective whose work `body` puts into `stream`.
-  void launch(const Signature& signature, int64_t bytes, Stream stream,
-              const std::function<void(cuda::StreamHandle)>& body);
   /// One short call of NCCL's on the communicator; waits where it is still in progress.
   template <class Call>
   void call(const char* name, const Call& fn);
@@ -65,29 +45,9 @@ class NcclCommunicator final : public BoardCommunicator,
   void gather_blocks(const void* in, char* out, std::span<const int64_t> bytes,
                      cuda::StreamHandle stream);
 
-  void watch();
-  void look_at_nccl();
-  void look_at_pending();
-  bool drain(double end_s);
-  void end_nccl() noexcept;
-
   const nccl::Api& api_;
-  cuda::Device device_;
-  std::shared_ptr<Communicator> control_;
-
   std::mutex nccl_mutex_;  ///< around short calls only
   nccl::Handle handle_ = nullptr;
-
-  std::mutex pending_mutex_;
-  std::deque<Pending> pending_;
-  std::vector<cuda::Event> spare_;
-
-  std::mutex watch_mutex_;
-  std::condition_variable changed_;
-  bool is_failed_ = false;
-  bool is_ending_ = false;
-  bool has_ended_ = false;
-  std::thread thread_;
 };
 
 }  // namespace tp_native::comm

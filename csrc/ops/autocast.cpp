@@ -36,6 +36,16 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                   group);
 }
 
+template <at::DeviceType kDevice>
+Tensor linear_act(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                  std::string_view activation, const Tensor& order, Sizes sizes,
+                  std::string_view group) {
+  static const auto kOp = find_op<ParallelLinearAct>("tp_native::column_parallel_linear_act");
+  const Autocast<kDevice> autocast;
+  return kOp.call(autocast.cast(x), autocast.cast(weight), autocast.cast(bias), activation, order,
+                  sizes, group);
+}
+
 /// The linear is cast; residual and norm are not, as in a dense block: a float32 residual stream
 /// stays one. Then the dtypes differ and the steps run one by one.
 template <at::DeviceType kDevice>
@@ -63,6 +73,7 @@ template <at::DeviceType kDevice>
 void implement(torch::Library& m) {
   m.impl("row_parallel_linear", &linear<kDevice, true>);
   m.impl("column_parallel_linear", &linear<kDevice, false>);
+  m.impl("column_parallel_linear_act", &linear_act<kDevice>);
   m.impl("row_parallel_linear_add_rms_norm", &linear_add_rms_norm<kDevice>);
 }
 

@@ -2,6 +2,8 @@
 // Gradients. Every rank computes the same loss, so cotangents of replicated tensors are replicated
 // (DESIGN.md 7). The functions call ops only, never the communicator: compilers trace through them.
 #include <ATen/ops/embedding_dense_backward.h>
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/relu.h>
 #include <ATen/ops/zeros_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
@@ -212,6 +214,22 @@ struct EmbeddingFunction : Function<EmbeddingFunction> {
   }
 };
 
+struct GluFunction : Function<GluFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& gate_up, std::string activation) {
+    ctx->save_for_backward({gate_up});
+    ctx->saved_data["activation"] = activation;
+    static const auto kOp = find_op<Glu>("tp_native::glu");
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return kOp.call(gate_up, activation);
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    static const auto kOp = find_op<GluBackward>("tp_native::glu_backward");
+    return {kOp.call(grads[0], ctx->get_saved_variables()[0],
+                     ctx->saved_data["activation"].toStringRef()),
+            none()};
+  }
+};
+
 void all_reduce_in_place(const Tensor& t, const Tensor& order, std::string_view op,
                          std::string_view group) {
   TORCH_CHECK(
@@ -297,6 +315,30 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
   return LinearFunction<kReduced>::apply(x, weight, bias, order, sizes.vec(), std::string(group));
 }
 
+/// Fused where nothing needs a gradient; else the activation is torch's, with its own backward.
+Tensor linear_act(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                  std::string_view activation, const Tensor& order, Sizes sizes,
+                  std::string_view group) {
+  if (!needs_grad(x, weight) && !(bias && needs_grad(*bias))) {
+    return below<ParallelLinearAct, "tp_native::column_parallel_linear_act">(
+        x, weight, bias, activation, order, sizes, group);
+  }
+  const Tensor y = linear<false>(x, weight, bias, order, sizes, group);
+  return activation == "relu" ? at::relu(y) : at::gelu(y, "tanh");
+}
+
+Tensor glu(const Tensor& gate_up, std::string_view activation) {
+  if (!needs_grad(gate_up)) return below<Glu, "tp_native::glu">(gate_up, activation);
+  return GluFunction::apply(gate_up, std::string(activation));
+}
+
+/// Not twice: the derivative of glu_backward is nowhere asked for.
+Tensor glu_backward(const Tensor& grad, const Tensor& gate_up, std::string_view activation) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!needs_grad(grad, gate_up),
+                              "glu has no second derivative: use torch's own chunk and activation");
+  return below<GluBackward, "tp_native::glu_backward">(grad, gate_up, activation);
+}
+
 /// With gradients the steps run one by one, each with its own backward; the values are the same.
 std::tuple<Tensor, Tensor> linear_add_rms_norm(const Tensor& x, const Tensor& weight,
                                                const OptionalTensor& bias, const Tensor& residual,
@@ -335,6 +377,9 @@ TORCH_LIBRARY_IMPL(tp_native, Autograd, m) {
   m.impl("row_parallel_linear", &linear<true>);
   m.impl("row_parallel_linear_add_rms_norm", &linear_add_rms_norm);
   m.impl("column_parallel_linear", &linear<false>);
+  m.impl("column_parallel_linear_act", &linear_act);
+  m.impl("glu", &glu);
+  m.impl("glu_backward", &glu_backward);
   m.impl("vocab_parallel_embedding", &vocab_parallel_embedding);
 }
 

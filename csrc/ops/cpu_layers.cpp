@@ -1,13 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 // The sharded layers on CPU tensors: torch's GEMM or a gather of rows straight into a shared block,
 // then one all-reduce.
+#include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/gelu.h>
+#include <ATen/ops/gelu_backward.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/mm_cpu_dispatch.h>
+#include <ATen/ops/silu.h>
+#include <ATen/ops/silu_backward.h>
 #include <torch/library.h>
 
 #include <cstring>
 
+#include "ops/layer_checks.h"
 #include "ops/schema.h"
 #include "ops/tensors.h"
 
@@ -16,51 +22,6 @@ namespace {
 
 using comm::OpCode;
 using comm::Signature;
-
-void check_linear(const char* op, const Tensor& x, const Tensor& weight,
-                  const OptionalTensor& bias) {
-  check_device(op, x, weight);
-  TORCH_CHECK_VALUE(x.dim() >= 1 && weight.dim() == 2, op, ": input of shape ", text_of(x.sizes()),
-                    " and weight of shape ", text_of(weight.sizes()),
-                    ": expected (..., in_features) and (out_features, in_features)");
-  TORCH_CHECK_TYPE(x.scalar_type() == weight.scalar_type(), op, ": the input is ", x.scalar_type(),
-                   ", the weight ", weight.scalar_type(),
-                   ": convert one, with x.to(weight.dtype) or module.to(x.dtype)");
-  TORCH_CHECK_TYPE(!bias || bias->scalar_type() == weight.scalar_type(), op, ": the bias is ",
-                   bias->scalar_type(), ", the weight ", weight.scalar_type());
-  TORCH_CHECK_VALUE(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0)), op,
-                    ": bias of shape ", text_of(bias->sizes()), ": expected [", weight.size(0),
-                    "]");
-}
-
-/// This rank's product of a row-parallel linear, on its way to the sum.
-struct Partial {
-  std::vector<int64_t> shape;  ///< of the result
-  int64_t rows;
-  int64_t columns;
-};
-
-Partial check_row_parallel(const char* op, const Tensor& x, const Tensor& weight,
-                           const OptionalTensor& bias, at::IntArrayRef sizes,
-                           const comm::Identity& self) {
-  check_linear(op, x, weight, bias);
-  check_sizes(op, sizes, self);
-  const int64_t width = sizes[self.rank];
-  TORCH_CHECK_VALUE(weight.size(1) == width, op, ": the weight has ", weight.size(1),
-                    " columns, expected ", width, ", rank ", self.rank,
-                    "'s share of the partition ", text_of(sizes));
-  TORCH_CHECK_VALUE(x.size(-1) == width, op, ": the input's last dimension is ", x.size(-1),
-                    ", expected ", width, ": RowParallelLinear splits in_features, rank ",
-                    self.rank, " holds ", width, " of ", c10::sum_integers(sizes), " (",
-                    text_of(sizes),
-                    "). Pass a sharded input, or input_is_parallel=False for a whole one; "
-                    "ColumnParallelLinear is the one "
-                    "that takes a whole input and splits out_features");
-  std::vector<int64_t> shape = x.sizes().vec();
-  shape.back() = weight.size(0);
-  const int64_t rows = c10::multiply_integers(shape.begin(), shape.end() - 1);
-  return {std::move(shape), rows, weight.size(0)};
-}
 
 /// out = x weight^T; no view where there are two dimensions already.
 void multiply(const Tensor& x, const Tensor& weight, const Tensor& out, const Partial& p) {
@@ -95,15 +56,7 @@ std::tuple<Tensor, Tensor> row_parallel_linear_add_rms_norm(
   const auto communicator = comm::find_communicator(group);
   const at::IntArrayRef sizes = C10_AS_INTARRAYREF_SLOW(symbolic);
   const Partial p = check_row_parallel(kOp, x, weight, bias, sizes, communicator->identity());
-  TORCH_CHECK_VALUE(residual.sizes().equals(p.shape), kOp, ": residual of shape ",
-                    text_of(residual.sizes()), ": expected ", text_of(p.shape));
-  TORCH_CHECK_VALUE(norm_weight.dim() == 1 && norm_weight.size(0) == p.columns, kOp,
-                    ": norm_weight of shape ", text_of(norm_weight.sizes()), ": expected [",
-                    p.columns, "]");
-  TORCH_CHECK_TYPE(
-      residual.scalar_type() == x.scalar_type() && norm_weight.scalar_type() == x.scalar_type(),
-      kOp, ": input, residual and norm_weight are ", x.scalar_type(), ", ", residual.scalar_type(),
-      " and ", norm_weight.scalar_type(), ": expected one dtype");
+  check_add_rms_norm(kOp, x, residual, norm_weight, p);
   const auto [normed, hidden] = empty_shared_pair(*communicator, p.shape, x.options());
   multiply(x, weight, normed, p);
   const Tensor whole_bias = bias ? bias->contiguous() : Tensor();
@@ -129,19 +82,44 @@ Tensor column_parallel_linear(const Tensor& x, const Tensor& weight, const Optio
                               const Tensor&, Sizes symbolic, std::string_view group) {
   constexpr const char* kOp = "column_parallel_linear";
   const auto communicator = comm::find_communicator(group);
-  const comm::Identity& self = communicator->identity();
-  const at::IntArrayRef sizes = C10_AS_INTARRAYREF_SLOW(symbolic);
-  check_linear(kOp, x, weight, bias);
-  check_sizes(kOp, sizes, self);
-  TORCH_CHECK_VALUE(weight.size(0) == sizes[self.rank], kOp, ": the weight has ", weight.size(0),
-                    " rows, expected ", sizes[self.rank], ", rank ", self.rank,
-                    "'s share of the partition ", text_of(sizes));
-  TORCH_CHECK_VALUE(
-      x.size(-1) == weight.size(1), kOp, ": the input's last dimension is ", x.size(-1),
-      ", expected ", weight.size(1),
-      ": ColumnParallelLinear splits out_features and takes the whole in_features on every "
-      "rank; RowParallelLinear is the one that takes a sharded input");
+  check_column_parallel(kOp, x, weight, bias, C10_AS_INTARRAYREF_SLOW(symbolic),
+                        communicator->identity());
   return at::linear(x, weight, bias);
+}
+
+Tensor column_parallel_linear_act(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                  std::string_view activation, const Tensor& order, Sizes sizes,
+                                  std::string_view group) {
+  check_fused_activation("column_parallel_linear_act", activation);
+  Tensor y = column_parallel_linear(x, weight, bias, order, sizes, group);
+  return activation == "relu" ? y.relu_() : at::gelu_(y, "tanh");
+}
+
+/// In float32 where the values are shorter, as the kernel for GPUs does: rounded once.
+Tensor activated(const Tensor& gate, std::string_view activation) {
+  return activation == "silu" ? at::silu(gate)
+                              : at::gelu(gate, activation == "gelu" ? "none" : "tanh");
+}
+
+Tensor widened(const Tensor& t) { return t.scalar_type() == at::kDouble ? t : t.to(at::kFloat); }
+
+Tensor glu(const Tensor& gate_up, std::string_view activation) {
+  check_glu(gate_up, activation);
+  const std::vector<Tensor> parts = widened(gate_up).chunk(2, -1);
+  return activated(parts[0], activation).mul_(parts[1]).to(gate_up.scalar_type()).contiguous();
+}
+
+Tensor glu_backward(const Tensor& grad, const Tensor& gate_up, std::string_view activation) {
+  check_glu(gate_up, activation);
+  const std::vector<Tensor> parts = widened(gate_up).chunk(2, -1);
+  const Tensor d_out = widened(grad);
+  const Tensor d_act = d_out.mul(parts[1]);
+  const Tensor d_gate =
+      activation == "silu"
+          ? at::silu_backward(d_act, parts[0])
+          : at::gelu_backward(d_act, parts[0], activation == "gelu" ? "none" : "tanh");
+  return at::cat({d_gate, d_out.mul(activated(parts[0], activation))}, -1)
+      .to(gate_up.scalar_type());
 }
 
 /// Rows of other ranks are zero, so the sum over ranks is exact.
@@ -176,15 +154,7 @@ Tensor vocab_parallel_embedding(const Tensor& ids, const Tensor& weight, const T
   const auto communicator = comm::find_communicator(group);
   const comm::Identity& self = communicator->identity();
   const at::IntArrayRef sizes = C10_AS_INTARRAYREF_SLOW(symbolic);
-  check_rank(kOp, rank, self);
-  check_sizes(kOp, sizes, self);
-  check_device(kOp, ids, weight);
-  TORCH_CHECK_TYPE(ids.scalar_type() == at::kLong || ids.scalar_type() == at::kInt, kOp,
-                   ": ids are ", ids.scalar_type(), ": expected int64 or int32");
-  TORCH_CHECK_VALUE(weight.dim() == 2 && weight.size(0) == sizes[self.rank], kOp,
-                    ": weight of shape ", text_of(weight.sizes()), " on rank ", self.rank,
-                    ": expected [", sizes[self.rank], ", embedding_dim] by the partition ",
-                    text_of(sizes));
+  check_vocab_parallel(kOp, ids, weight, sizes, rank, self);
   std::vector<int64_t> shape = ids.sizes().vec();
   shape.push_back(weight.size(1));
   const Tensor out = empty_shared(*communicator, shape, weight.options());
@@ -210,6 +180,9 @@ TORCH_LIBRARY_IMPL(tp_native, CPU, m) {
   m.impl("row_parallel_linear", &row_parallel_linear);
   m.impl("row_parallel_linear_add_rms_norm", &row_parallel_linear_add_rms_norm);
   m.impl("column_parallel_linear", &column_parallel_linear);
+  m.impl("column_parallel_linear_act", &column_parallel_linear_act);
+  m.impl("glu", &glu);
+  m.impl("glu_backward", &glu_backward);
   m.impl("vocab_parallel_embedding", &vocab_parallel_embedding);
 }
 

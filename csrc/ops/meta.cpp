@@ -67,6 +67,20 @@ std::tuple<Tensor, Tensor> linear_add_rms_norm(const Tensor& x, const Tensor& we
           with_last(x, weight.sym_size(0), x.options())};
 }
 
+Tensor parallel_linear_act(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                           std::string_view, const Tensor& order, Sizes sizes,
+                           std::string_view group) {
+  return parallel_linear(x, weight, bias, order, sizes, group);
+}
+
+Tensor glu(const Tensor& gate_up, std::string_view) {
+  return with_last(gate_up, gate_up.sym_size(-1) / 2, gate_up.options());
+}
+
+Tensor glu_backward(const Tensor&, const Tensor& gate_up, std::string_view) {
+  return same(gate_up);
+}
+
 Tensor vocab_parallel_embedding(const Tensor& ids, const Tensor& weight, const Tensor&, Sizes,
                                 int64_t, int64_t, std::string_view) {
   check_device("vocab_parallel_embedding", ids, weight);
@@ -88,6 +102,9 @@ TORCH_LIBRARY_IMPL(tp_native, Meta, m) {
   m.impl("empty_shared", &empty_shared);
   m.impl("row_parallel_linear", &parallel_linear);
   m.impl("column_parallel_linear", &parallel_linear);
+  m.impl("column_parallel_linear_act", &parallel_linear_act);
+  m.impl("glu", &glu);
+  m.impl("glu_backward", &glu_backward);
   m.impl("row_parallel_linear_add_rms_norm", &linear_add_rms_norm);
   m.impl("vocab_parallel_embedding", &vocab_parallel_embedding);
 }

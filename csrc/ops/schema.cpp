@@ -36,6 +36,11 @@ TORCH_LIBRARY(tp_native, m) {
       "column_parallel_linear(Tensor x, Tensor weight, Tensor? bias, Tensor order, SymInt[] sizes, "
       "str group) -> Tensor");
   m.def(
+      "column_parallel_linear_act(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor "
+      "order, SymInt[] sizes, str group) -> Tensor");
+  m.def("glu(Tensor gate_up, str activation) -> Tensor");
+  m.def("glu_backward(Tensor grad, Tensor gate_up, str activation) -> Tensor");
+  m.def(
       "vocab_parallel_embedding(Tensor ids, Tensor weight, Tensor(a!) order, SymInt[] sizes, int "
       "padding_idx, int rank, str group) -> Tensor");
   m.def("empty_shared(Tensor(a!) order, SymInt[] shape, ScalarType dtype, str group) -> Tensor");

@@ -29,6 +29,11 @@ using ReduceScatter = Tensor(const Tensor& t, const Tensor& order, Sizes sizes, 
                              std::string_view op, int64_t rank, std::string_view group);
 using ParallelLinear = Tensor(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                               const Tensor& order, Sizes sizes, std::string_view group);
+using ParallelLinearAct = Tensor(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                 std::string_view activation, const Tensor& order, Sizes sizes,
+                                 std::string_view group);
+using Glu = Tensor(const Tensor& gate_up, std::string_view activation);
+using GluBackward = Tensor(const Tensor& grad, const Tensor& gate_up, std::string_view activation);
 using LinearAddRmsNorm = std::tuple<Tensor, Tensor>(const Tensor& x, const Tensor& weight,
                                                     const OptionalTensor& bias,
                                                     const Tensor& residual,

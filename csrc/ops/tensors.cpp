@@ -72,6 +72,12 @@ std::pair<at::Tensor, at::Tensor> empty_shared_pair(comm::Communicator& communic
   return {part(0), part(bytes)};
 }
 
+comm::Stream stream_of(const at::Tensor& t) {
+  if (t.is_cpu()) return {};
+  const c10::impl::VirtualGuardImpl guard(t.device().type());
+  return {guard.getStream(t.device()).native_handle()};
+}
+
 Placed::Placed(const char* op, const at::Tensor& t, const comm::Identity& group) {
   const c10::Device device = t.device();
   if (device.is_cpu() && group.device < 0) [[likely]]
@@ -82,8 +88,7 @@ Placed::Placed(const char* op, const at::Tensor& t, const comm::Identity& group)
                                      : c10::Device(c10::kCUDA, static_cast<int8_t>(group.device)),
                     ": move it with t.to(group.device)");
   device_.reset_device(device);
-  const c10::Stream stream = c10::impl::VirtualGuardImpl(device.type()).getStream(device);
-  stream_.handle = stream.native_handle();
+  stream_ = stream_of(t);
 }
 
 void check_rank(const char* op, int64_t rank, const comm::Identity& group) {

@@ -28,6 +28,9 @@ std::pair<at::Tensor, at::Tensor> empty_shared_pair(comm::Communicator& communic
                                                     at::IntArrayRef shape,
                                                     const at::TensorOptions& options);
 
+/// torch's current stream on t's device; none on a CPU.
+comm::Stream stream_of(const at::Tensor& t);
+
 /// The stream that a collective on `t` runs in, and while it lives `t`'s device is the current one.
 /// Raises ValueError for a tensor that is not where the group works.
 class Placed {

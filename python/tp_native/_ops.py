@@ -28,6 +28,8 @@ _scatter_into = _ops.scatter_into.default
 _row_parallel_linear = _ops.row_parallel_linear.default
 _row_parallel_linear_add_rms_norm = _ops.row_parallel_linear_add_rms_norm.default
 _column_parallel_linear = _ops.column_parallel_linear.default
+_column_parallel_linear_act = _ops.column_parallel_linear_act.default
+_glu = _ops.glu.default
 _vocab_parallel_embedding = _ops.vocab_parallel_embedding.default
 _empty_shared = _ops.empty_shared.default
 
@@ -123,6 +125,32 @@ def column_parallel_linear(
 ) -> Tensor:
     """``x @ weight.T + bias`` with local rows of the weight; backward: one all-reduce of ``dx``."""
     out: Tensor = _column_parallel_linear(x, weight, bias, order, sizes, group)
+    return out
+
+
+def column_parallel_linear_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    order: Tensor,
+    sizes: Sequence[int],
+    group: str,
+) -> Tensor:
+    """`column_parallel_linear` with "relu" or "gelu_tanh" behind it, in the GEMM's epilogue on a
+    GPU where no gradient is needed.
+    """
+    out: Tensor = _column_parallel_linear_act(x, weight, bias, activation, order, sizes, group)
+    return out
+
+
+def glu(gate_up: Tensor, activation: str) -> Tensor:
+    """``activation(gate) * up`` for ``gate_up = [gate, up]`` along the last dimension, rounded
+    once; "silu" (SwiGLU), "gelu" (GeGLU) or "gelu_tanh".
+
+    Source: Shazeer, GLU Variants Improve Transformer, arXiv:2002.05202.
+    """
+    out: Tensor = _glu(gate_up, activation)
     return out
 
 

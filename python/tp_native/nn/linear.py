@@ -23,6 +23,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "silu": F.silu,
 }
+_FUSED = ("gelu_tanh", "relu")  # those that a GEMM's epilogue has; the GELU there is the tanh form
 
 
 def _refuse_sequence_parallel(name: str, sequence_parallel: bool) -> None:
@@ -158,14 +159,16 @@ class ColumnParallelLinear(_ParallelLinear):
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
         """Multiply by this rank's rows."""
         bias = None if self.skip_bias_add else self.bias
-        if self.group.size == 1:
-            y = F.linear(x, self.weight, bias)
+        cut = (self.group.order, self.partition.sizes, self.group.name)
+        if self.group.size > 1 and self.activation in _FUSED:
+            y = _ops.column_parallel_linear_act(x, self.weight, bias, self.activation, *cut)
         else:
-            y = _ops.column_parallel_linear(
-                x, self.weight, bias, self.group.order, self.partition.sizes, self.group.name
-            )
-        if self.activation is not None:
-            y = _ACTIVATIONS[self.activation](y)
+            if self.group.size == 1:
+                y = F.linear(x, self.weight, bias)
+            else:
+                y = _ops.column_parallel_linear(x, self.weight, bias, *cut)
+            if self.activation is not None:
+                y = _ACTIVATIONS[self.activation](y)
         if self.gather_output and self.group.size > 1:
             y = all_gather_tensor(y, -1, self.group, partition=self.partition)
         return (y, self.bias) if self.skip_bias_add else y

@@ -1,0 +1,37 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the sharded layers refuse, the same on every device.
+#pragma once
+
+#include <vector>
+
+#include "kernels/activation.h"
+#include "ops/schema.h"
+#include "ops/tensors.h"
+
+namespace tp_native::ops {
+
+/// A row-parallel linear's result, and this rank's product on its way to the sum.
+struct Partial {
+  std::vector<int64_t> shape;  ///< of the result
+  int64_t rows;
+  int64_t columns;
+};
+
+// All raise ValueError, or TypeError where it is a dtype's fault.
+Partial check_row_parallel(const char* op, const Tensor& x, const Tensor& weight,
+                           const OptionalTensor& bias, at::IntArrayRef sizes,
+                           const comm::Identity& self);
+void check_add_rms_norm(const char* op, const Tensor& x, const Tensor& residual,
+                        const Tensor& norm_weight, const Partial& p);
+void check_column_parallel(const char* op, const Tensor& x, const Tensor& weight,
+                           const OptionalTensor& bias, at::IntArrayRef sizes,
+                           const comm::Identity& self);
+void check_vocab_parallel(const char* op, const Tensor& ids, const Tensor& weight,
+                          at::IntArrayRef sizes, int64_t rank, const comm::Identity& self);
+
+/// Only those that a GEMM's epilogue has: "relu", "gelu_tanh".
+void check_fused_activation(const char* op, std::string_view activation);
+/// The activation of the gate: "silu" (SwiGLU), "gelu" or "gelu_tanh" (GeGLU).
+kernels::Activation check_glu(const Tensor& gate_up, std::string_view activation);
+
+}  // namespace tp_native::ops
