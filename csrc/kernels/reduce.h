@@ -60,6 +60,10 @@ struct RowReduction {
 
 void reduce_rms_norm(const RowReduction& reduction);
 
+/// The order of the squares: column c adds to partial sum c % kPartialSums, columns ascending; then
+/// the upper half of the partial sums is added to the lower until one is left.
+constexpr int kPartialSums = 32;
+
 /// "avx512", "avx2" or "generic": which code runs here.
 const char* reduce_isa();
 

@@ -1,66 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Every dtype and operation in plain C++; also the reference of the SIMD variants.
-#include <cmath>
 #include <concepts>
-#include <limits>
-#include <type_traits>
 
 #include "core/error.h"
-#include "kernels/cpu/convert.h"
 #include "kernels/cpu/reduce_variants.h"
+#include "kernels/element.h"
+#include "kernels/row_norm.h"
 
 namespace tp_native::kernels {
 namespace {
-
-float widen(float x) { return x; }
-double widen(double x) { return x; }
-float widen(BFloat16 x) { return to_float(x); }
-float widen(Float16 x) { return to_float(x); }
-
-void narrow(float x, float& out) { out = x; }
-void narrow(double x, double& out) { out = x; }
-void narrow(float x, BFloat16& out) { out = to_bfloat16(x); }
-void narrow(float x, Float16& out) { out = to_float16(x); }
-
-bool widen(Bool x) { return x.byte != 0; }
-void narrow(bool x, Bool& out) { out.byte = x ? 1 : 0; }
-template <std::integral T>
-T widen(T x) {
-  return x;
-}
-template <std::integral T>
-void narrow(T x, T& out) {
-  out = x;
-}
-
-template <class Acc>
-Acc plus(Acc a, Acc b) {
-  if constexpr (std::same_as<Acc, bool>) {
-    return a || b;
-  } else if constexpr (std::integral<Acc>) {  // wraps, as torch does
-    using Unsigned = std::make_unsigned_t<Acc>;
-    return static_cast<Acc>(
-        static_cast<Unsigned>(static_cast<Unsigned>(a) + static_cast<Unsigned>(b)));
-  } else {
-    return a + b;
-  }
-}
-
-template <ReduceOp kOp, class Acc>
-Acc combine(Acc a, Acc b) {
-  if constexpr (kOp == ReduceOp::kMax)
-    return (b > a || b != b) ? b : a;  // NaN wins, as in torch.max; the first of equal zeros stays
-  if constexpr (kOp == ReduceOp::kMin) return (b < a || b != b) ? b : a;
-  return plus(a, b);
-}
-
-template <class T, class Acc>
-T rounded(Acc x) {
-  if (x != x) x = std::numeric_limits<Acc>::quiet_NaN();
-  T out;
-  narrow(x, out);
-  return out;
-}
 
 template <ReduceOp kOp, class T>
 void run(const Segment& s) {
@@ -90,7 +38,7 @@ void run(ReduceOp op, const Segment& segment) {
     case ReduceOp::kMin:
       return run<ReduceOp::kMin, T>(segment);
     case ReduceOp::kAvg:
-      if constexpr (!std::integral<decltype(widen(T{}))>) return run<ReduceOp::kAvg, T>(segment);
+      if constexpr (!std::integral<Value<T>>) return run<ReduceOp::kAvg, T>(segment);
       fail("reduce: avg needs a floating dtype");
   }
 }
@@ -122,7 +70,7 @@ void reduce_any(DType dtype, ReduceOp op, const Segment& segment) {
 
 template <class T>
 void rms_norm_rows(const RowReduction& r) {
-  using V = decltype(widen(T{}));
+  using V = Value<T>;
   const T* const weight = static_cast<const T*>(r.norm_weight);
   for (int64_t row = 0; row < r.rows; ++row) {
     const int64_t begin = row * r.columns;
@@ -133,12 +81,12 @@ void rms_norm_rows(const RowReduction& r) {
     const T* const h = static_cast<const T*>(hidden[0]) + begin;
     V sums[kPartialSums] = {};
     for (int64_t c = 0; c < r.columns; ++c) {
-      const V x = widen(h[c]);
-      sums[c % kPartialSums] += x * x;
+      V& sum = sums[c % kPartialSums];
+      sum = plus_square(sum, widen(h[c]));
     }
     const V scale = rms_scale(sums, r.columns, r.eps);
     for (int64_t c = 0; c < r.columns; ++c) {
-      const T out = rounded<T>(widen(rounded<T>(widen(h[c]) * scale)) * widen(weight[c]));
+      const T out = normalised(h[c], scale, weight[c]);
       for (int d = 0; d < r.targets; ++d) static_cast<T*>(r.normed[d])[begin + c] = out;
     }
   }
@@ -162,7 +110,7 @@ V scale_of(V (&sums)[kPartialSums], int64_t columns, double eps) {
   for (int half = kPartialSums / 2; half > 0; half /= 2) {
     for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
   }
-  return 1 / std::sqrt(sums[0] / static_cast<V>(columns) + static_cast<V>(eps));
+  return inverse_rms(sums[0], columns, eps);
 }
 
 }  // namespace

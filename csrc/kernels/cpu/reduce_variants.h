@@ -33,9 +33,6 @@ extern const Variant kGeneric;
 const Variant* avx2_variant();
 const Variant* avx512_variant();
 
-/// Column c adds to partial sum c % kPartialSums.
-constexpr int kPartialSums = 32;
-
 /// 1 / sqrt(mean + eps). The partial sums are overwritten.
 float rms_scale(float (&sums)[kPartialSums], int64_t columns, double eps);
 double rms_scale(double (&sums)[kPartialSums], int64_t columns, double eps);
