@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // One element: what its dtype is computed in, how two combine, how a result is rounded. The plain
 // C++ kernels and the CUDA kernels are made of these, so they agree to the bit.
-// __CUDA_ARCH__ stands here and in activation.h only: it picks an instruction that has no name in
-// C++, never a meaning.
+// __CUDA_ARCH__ stands here, in activation.h and in cuda/memory.h: it picks an instruction that has
+// no name in C++, never a meaning.
 #pragma once
 
 #include <concepts>

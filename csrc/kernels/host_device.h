@@ -8,3 +8,12 @@
 #else
 #define TPN_HOST_DEVICE
 #endif
+
+#ifdef __CUDA_ARCH__
+#define TPN_PRAGMA(text) _Pragma(#text)
+#define TPN_UNROLL TPN_PRAGMA(unroll)
+#define TPN_UNROLL_BY(n) TPN_PRAGMA(unroll n)
+#else
+#define TPN_UNROLL
+#define TPN_UNROLL_BY(n)
+#endif
