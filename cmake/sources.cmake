@@ -27,11 +27,11 @@ function(tpn_sources out)
     endif()
   endforeach()
 
-  # X.cpp and X_unavailable.cpp: the first with CUDA, the second without.
+  # X_unavailable.cpp stands in for X.cpp, or for the *.cu of a folder X, where there is no CUDA.
   foreach(file IN LISTS found)
     if(file MATCHES "^(.*)_unavailable\\.cpp$" AND NOT file MATCHES "_avx_unavailable\\.cpp$")
       set(twin "${CMAKE_MATCH_1}.cpp")
-      if(TPN_WITH_CUDA AND twin IN_LIST found)
+      if(TPN_WITH_CUDA AND (twin IN_LIST found OR IS_DIRECTORY "${CMAKE_MATCH_1}"))
         list(REMOVE_ITEM found "${file}")
       else()
         list(REMOVE_ITEM found "${twin}")
