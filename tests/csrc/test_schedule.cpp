@@ -1,0 +1,489 @@
+// SPDX-License-Identifier: Apache-2.0
+// Schedules as graphs: rows covered once, every conflict ordered, no wait too many; and how many
+// chunks the cost model asks for. The checker knows what each step touches from the pattern alone.
+// TSan: no ranks, one thread.
+#include "overlap/schedule.h"
+
+#include <algorithm>
+#include <numeric>
+#include <random>
+
+#include "check.h"
+#include "core/error.h"
+
+using namespace tp_native;           // NOLINT
+using namespace tp_native::overlap;  // NOLINT
+
+namespace {
+
+constexpr Pattern kPatterns[] = {Pattern::kGemmAllReduce, Pattern::kGemmReduceScatter,
+                                 Pattern::kAllGatherGemm};
+
+/// Rows [begin, end) of something that steps read or write.
+struct Touch {
+  std::string what;
+  int64_t begin = 0, end = 0;
+  bool is_write = false;
+};
+
+bool conflict(const Touch& a, const Touch& b) {
+  return (a.is_write || b.is_write) && a.what == b.what && a.begin < b.end && b.begin < a.end;
+}
+
+std::string buffer(int slot) { return "slot " + std::to_string(slot); }
+std::string own(const char* what, size_t rank) { return what + std::to_string(rank); }
+
+/// What the caller's stream did before and does after: it owns everything.
+std::vector<Touch> touches_of_caller(const Problem& p, const Schedule& s) {
+  std::vector<Touch> all = {{"x", 0, p.rows, true}, {"y", 0, p.rows, true}, {"dW", 0, 1, true}};
+  for (int i = 0; i < s.slots; ++i) all.push_back({buffer(i), 0, s.slot_rows, true});
+  for (size_t r = 0; r < p.sizes.size(); ++r) {
+    all.push_back({own("x of ", r), 0, p.sizes[r], true});
+    all.push_back({own("y of ", r), 0, p.sizes[r], true});
+  }
+  return all;
+}
+
+std::vector<Touch> touches_of(const Problem& p, const Schedule& s, const Step& step) {
+  std::vector<Touch> all;
+  if (step.work == Work::kFork || step.work == Work::kJoin) return all;
+  if (step.work == Work::kBeside) {
+    all = {{"x", 0, p.rows, false}, {"dW", 0, 1, true}};
+    // What was gathered, every chunk of it, still has to be there.
+    if (p.pattern == Pattern::kAllGatherGemm)
+      for (int i = 0; i < s.slots; ++i) all.push_back({buffer(i), 0, s.slot_rows, false});
+    return all;
+  }
+  const Chunk& chunk = s.chunks[step.chunk];
+  const bool is_gemm = step.work == Work::kGemm;
+  for (size_t r = 0; r < chunk.pieces.size(); ++r) {
+    const Piece& piece = chunk.pieces[r];
+    const int64_t end = piece.row + piece.rows;
+    const int64_t local_end = piece.local_row + piece.rows;
+    switch (p.pattern) {
+      case Pattern::kGemmAllReduce:
+        if (is_gemm) all.push_back({"x", piece.row, end, false});
+        all.push_back({"y", piece.row, end, true});
+        break;
+      case Pattern::kGemmReduceScatter:
+        if (is_gemm)
+          all.push_back({"x", piece.row, end, false});
+        else
+          all.push_back({own("y of ", r), piece.local_row, local_end, true});
+        break;
+      case Pattern::kAllGatherGemm:
+        if (is_gemm)
+          all.push_back({"y", piece.row, end, true});
+        else
+          all.push_back({own("x of ", r), piece.local_row, local_end, false});
+        break;
+    }
+  }
+  const bool fills = is_gemm == (p.pattern == Pattern::kGemmReduceScatter);
+  if (chunk.slot >= 0) all.push_back({buffer(chunk.slot), 0, chunk.rows, fills});
+  return all;
+}
+
+/// Node 0 is the caller before, node i + 1 step i, the last the caller after.
+class Graph {
+ public:
+  Graph(const Problem& p, const Schedule& s) : nodes_(s.steps.size() + 2) {
+    before_.assign(nodes_, std::vector<bool>(nodes_, false));
+    std::vector<size_t> recorder(static_cast<size_t>(s.events), 0);
+    for (size_t i = 0; i < s.steps.size(); ++i)
+      if (s.steps[i].records != kNoEvent) recorder[s.steps[i].records] = i + 1;
+    size_t last[2] = {0, nodes_};  // the communication stream is not the caller's: no edge
+    std::vector<std::vector<size_t>> into(nodes_);
+    for (size_t i = 0; i < s.steps.size(); ++i) {
+      size_t& lane = last[static_cast<size_t>(s.steps[i].lane)];
+      if (lane != nodes_) into[i + 1].push_back(lane);
+      lane = i + 1;
+      if (s.steps[i].waits != kNoEvent) {
+        const size_t from = recorder[s.steps[i].waits];
+        is_stale_ |= from == 0 || from > i;  // a wait sees only what was recorded before it
+        into[i + 1].push_back(from);
+      }
+    }
+    into[nodes_ - 1].push_back(last[0]);
+    sort(into);
+    touches_.push_back(touches_of_caller(p, s));
+    for (const Step& step : s.steps) touches_.push_back(touches_of(p, s, step));
+    touches_.push_back(touches_of_caller(p, s));
+  }
+
+  bool reaches(size_t from, size_t to) const { return before_[to][from]; }
+
+  std::string fault(const Schedule& s) const {
+    if (is_cyclic_) return "a cycle";
+    if (is_stale_) return "a wait for an event that no earlier step records";
+    for (size_t a = 0; a < nodes_; ++a) {
+      for (size_t b = a + 1; b < nodes_; ++b) {
+        if (reaches(a, b) || reaches(b, a)) continue;
+        for (const Touch& x : touches_[a])
+          for (const Touch& y : touches_[b])
+            if (conflict(x, y))
+              return concat("nodes ", a, " and ", b, " of ", nodes_, " both touch ", x.what);
+      }
+      if (!reaches(a, nodes_ - 1) && a + 1 < nodes_)
+        return concat("the caller's stream does not wait for step ", a - 1);
+    }
+    return of_patterns(s);
+  }
+
+ private:
+  void sort(const std::vector<std::vector<size_t>>& into) {
+    std::vector<bool> is_done(nodes_, false);
+    for (size_t round = 0; round < nodes_; ++round) {
+      size_t next = 0;
+      while (next < nodes_ &&
+             (is_done[next] ||
+              !std::ranges::all_of(into[next], [&](size_t from) { return is_done[from]; })))
+        ++next;
+      if (next == nodes_) {
+        is_cyclic_ = true;
+        return;
+      }
+      is_done[next] = true;
+      for (const size_t from : into[next]) {
+        before_[next][from] = true;
+        for (size_t i = 0; i < nodes_; ++i)
+          if (before_[from][i]) before_[next][i] = true;
+      }
+    }
+  }
+
+  /// What makes it an overlap: a chunk's collective waits for that chunk's GEMM and none later, or
+  /// the other way.
+  std::string of_patterns(const Schedule& s) const {
+    const bool is_gather = s.pattern == Pattern::kAllGatherGemm;
+    const Work first = is_gather ? Work::kCommunicate : Work::kGemm;
+    for (size_t a = 0; a < s.steps.size(); ++a) {
+      for (size_t b = 0; b < s.steps.size(); ++b) {
+        const Step& from = s.steps[a];
+        const Step& to = s.steps[b];
+        if (from.work != first || to.work == first || to.chunk < 0) continue;
+        const bool is_before = reaches(a + 1, b + 1);
+        if (from.chunk <= to.chunk && !is_before) return "a chunk is not ready when it is used";
+        if (from.chunk > to.chunk && is_before) return "a chunk waits for a later one";
+      }
+    }
+    return "";
+  }
+
+  size_t nodes_;
+  bool is_cyclic_ = false;
+  bool is_stale_ = false;
+  std::vector<std::vector<bool>> before_;  // [to][from]
+  std::vector<std::vector<Touch>> touches_;
+};
+
+std::string fault(const Problem& p, const Schedule& s) { return Graph(p, s).fault(s); }
+
+std::vector<int64_t> slices_of(const Problem& p) {
+  return p.pattern == Pattern::kGemmAllReduce ? std::vector{p.rows} : p.sizes;
+}
+
+void check_rows(const Problem& p, const Schedule& s) {
+  const std::vector<int64_t> slices = slices_of(p);
+  std::vector<int> seen(static_cast<size_t>(p.rows), 0);
+  std::vector<int64_t> next(slices.size(), 0);  // pieces of a slice come in its order
+  for (const Chunk& chunk : s.chunks) {
+    CHECK_EQ(chunk.pieces.size(), slices.size());
+    CHECK(chunk.rows > 0 || s.chunks.size() == 1);
+    int64_t packed = 0;
+    int64_t offset = 0;
+    for (size_t r = 0; r < slices.size(); ++r) {
+      const Piece& piece = chunk.pieces[r];
+      CHECK(piece.rows >= 0);
+      CHECK_EQ(piece.packed_row, packed);
+      CHECK_EQ(piece.local_row, next[r]);
+      CHECK_EQ(piece.row, offset + piece.local_row);
+      packed += piece.rows;
+      next[r] += piece.rows;
+      CHECK(next[r] <= slices[r]);
+      CHECK(piece.rows % p.tile.rows == 0 || next[r] == slices[r]);
+      const auto tiles = (slices[r] + p.tile.rows - 1) / p.tile.rows;
+      CHECK(piece.rows > 0 || tiles < static_cast<int64_t>(s.chunks.size()));
+      for (int64_t i = 0; i < piece.rows; ++i) ++seen[piece.row + i];
+      offset += slices[r];
+    }
+    CHECK_EQ(chunk.rows, packed);
+    const std::vector<int64_t> values = counts(chunk, 3);
+    CHECK_EQ(std::accumulate(values.begin(), values.end(), int64_t{0}), 3 * chunk.rows);
+    CHECK(chunk.slot < s.slots && (chunk.slot < 0) == (p.pattern == Pattern::kGemmAllReduce));
+    CHECK(chunk.slot < 0 || chunk.rows <= s.slot_rows);
+  }
+  CHECK(std::ranges::all_of(seen, [](int count) { return count == 1; }));
+  CHECK(next == slices);
+}
+
+/// The GEMMs cover each piece, and put a row of the whole beside the same row of the buffer.
+void check_batches(const Chunk& chunk) {
+  std::vector<std::pair<int64_t, int64_t>> wanted;
+  for (const Piece& piece : chunk.pieces)
+    for (int64_t i = 0; i < piece.rows; ++i)
+      wanted.emplace_back(piece.packed_row + i, piece.row + i);
+  std::vector<std::pair<int64_t, int64_t>> found;
+  for (const Batch& batch : batches(chunk)) {
+    CHECK(batch.rows > 0);
+    CHECK(batch.count == 1 || batch.row_stride > batch.rows);
+    for (int64_t b = 0; b < batch.count; ++b)
+      for (int64_t i = 0; i < batch.rows; ++i)
+        found.emplace_back(batch.packed_row + b * batch.rows + i,
+                           batch.row + b * batch.row_stride + i);
+  }
+  CHECK(wanted == found);
+}
+
+void check_all(const Problem& p, const CostModel& costs) {
+  const Schedule s = plan(p, costs);
+  check_rows(p, s);
+  for (const Chunk& chunk : s.chunks) check_batches(chunk);
+  const std::string what = fault(p, s);
+  if (!what.empty())
+    throw std::runtime_error(concat("pattern ", static_cast<int>(p.pattern), ", ", p.rows,
+                                    " rows, ", s.chunks.size(), " chunks: ", what));
+  size_t expected = 2 * s.chunks.size() + (p.beside_flop > 0 ? 1 : 0);
+  for (const Step& step : s.steps) {
+    if (step.work != Work::kFork && step.work != Work::kJoin) --expected;
+    CHECK(s.is_overlapped() || (step.lane == Lane::kCompute && step.waits == kNoEvent));
+    CHECK((step.lane == Lane::kCommunication) ==
+          (s.is_overlapped() && step.work == Work::kCommunicate));
+  }
+  CHECK_EQ(expected, 0U);
+  CHECK(s.is_overlapped() || s.chunks.size() == 1);
+  for (int rank = 0; rank < p.ranks; ++rank) CHECK(plan(p, costs) == s);
+  for (size_t i = 0; i < s.steps.size(); ++i) {
+    if (s.steps[i].waits == kNoEvent) continue;
+    Schedule broken = s;
+    broken.steps[i].waits = kNoEvent;
+    CHECK(!fault(p, broken).empty());
+  }
+}
+
+std::vector<int64_t> even(int64_t rows, int ranks) {
+  std::vector<int64_t> sizes;
+  for (int r = 0; r < ranks; ++r) sizes.push_back(rows / ranks + (r < rows % ranks ? 1 : 0));
+  return sizes;
+}
+
+/// Uneven, with ranks that have nothing.
+std::vector<int64_t> drawn(int64_t rows, int ranks, std::mt19937& draw) {
+  std::vector<int64_t> cuts = {0, rows};
+  for (int r = 1; r < ranks; ++r)
+    cuts.push_back(draw() % 4 == 0 ? 0 : static_cast<int64_t>(draw() % (rows + 1)));
+  std::ranges::sort(cuts);
+  std::vector<int64_t> sizes;
+  for (int r = 0; r < ranks; ++r) sizes.push_back(cuts[r + 1] - cuts[r]);
+  return sizes;
+}
+
+Problem large(Pattern pattern, int64_t rows = 8192) {
+  Problem p{.pattern = pattern, .rows = rows, .columns = 8192, .inner = 3584, .ranks = 8};
+  p.sizes = even(rows, p.ranks);
+  return p;
+}
+
+/// Latencies of nothing, so that the estimate cuts whatever can be cut.
+CostModel eager() {
+  CostModel costs;
+  costs.collective_s = costs.launch_s = costs.event_s = costs.least_gain = 0;
+  costs.memory_bytes_per_s = 1e18;
+  costs.link_bytes_per_s = 50e9;
+  return costs;
+}
+
+}  // namespace
+
+TEST(edges_are_covered_and_ordered) {
+  for (const Pattern pattern : kPatterns) {
+    for (const int ranks : {1, 2, 3, 8}) {
+      for (const int64_t rows : {0, 1, 2, 5, 7, 8, 9, 15, 16, 17, 31, 97, 128, 257}) {
+        for (const int chunks : {0, 1, 2, 3, 4, 7, 100}) {
+          for (const int slots : {0, 1, 2, 3}) {
+            for (const double beside_flop : {0.0, 1e9}) {
+              Problem p{.pattern = pattern, .rows = rows, .columns = 96, .inner = 64};
+              p.ranks = ranks;
+              p.sizes = even(rows, ranks);
+              p.multiprocessors = 4;
+              p.tile = {8, 16};
+              p.beside_flop = beside_flop;
+              p.chunks = chunks;
+              p.slots = slots;
+              check_all(p, eager());
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST(drawn_sizes_are_covered_and_ordered) {
+  std::mt19937 draw(20260801);
+  const auto up_to = [&](int most) { return static_cast<int64_t>(draw() % (most + 1)); };
+  for (int round = 0; round < 4000; ++round) {
+    Problem p{.pattern = kPatterns[draw() % 3], .rows = up_to(round % 2 ? 40 : 3000)};
+    p.columns = up_to(1000);
+    p.inner = up_to(1000);
+    p.ranks = 1 + static_cast<int>(up_to(8));
+    p.sizes = drawn(p.rows, p.ranks, draw);
+    p.multiprocessors = 1 + static_cast<int>(up_to(140));
+    p.tile = {1 + up_to(130), 1 + up_to(130)};
+    p.chunks = static_cast<int>(up_to(9));
+    p.slots = static_cast<int>(up_to(4));
+    p.beside_flop = draw() % 2 ? 1e9 : 0;
+    check_all(p, draw() % 2 ? eager() : default_costs(p.dtype));
+  }
+}
+
+TEST(even_slices_make_one_batched_gemm_per_chunk) {
+  for (const Pattern pattern : {Pattern::kGemmReduceScatter, Pattern::kAllGatherGemm}) {
+    Problem p = large(pattern);
+    p.chunks = 4;
+    const Schedule s = plan(p, CostModel{});
+    CHECK_EQ(s.chunks.size(), 4U);
+    for (const Chunk& chunk : s.chunks) CHECK_EQ(batches(chunk).size(), 1U);
+    p.chunks = 1;
+    const std::vector<Batch> whole = batches(plan(p, CostModel{}).chunks[0]);
+    CHECK_EQ(whole.size(), 1U);
+    CHECK_EQ(whole[0].rows, p.rows);
+  }
+}
+
+TEST(chunks_fill_whole_waves) {
+  // 32 tiles to a row of them, 132 multiprocessors: four rows of tiles fill 97 % of a wave.
+  Problem p = large(Pattern::kGemmAllReduce, 128 * 32);
+  for (const int chunks : {2, 4, 8}) {
+    p.chunks = chunks;
+    for (const Chunk& chunk : plan(p, CostModel{}).chunks) CHECK_EQ(chunk.rows % (4 * 128), 0);
+  }
+  // 33 tiles to a row: no multiple of four rows wastes anything, and cuts move to find them.
+  p.columns = 33 * 256;
+  p.rows = 128 * 37;
+  p.chunks = 3;
+  const Schedule s = plan(p, CostModel{});
+  for (size_t i = 0; i + 1 < s.chunks.size(); ++i) CHECK_EQ(s.chunks[i].rows % (4 * 128), 0);
+}
+
+TEST(decode_and_one_rank_never_overlap) {
+  for (const Pattern pattern : kPatterns) {
+    for (const int64_t rows : {0, 1, 8, 64, 127, 128}) {
+      Problem p = large(pattern, rows);
+      CHECK(!plan(p, CostModel{}).is_overlapped());
+      p.chunks = 4;  // there is one row of tiles to a slice
+      CHECK(!plan(p, CostModel{}).is_overlapped());
+    }
+    Problem alone = large(pattern);
+    alone.ranks = 1;
+    alone.sizes = {alone.rows};
+    CHECK(!plan(alone, CostModel{}).is_overlapped());
+    alone.chunks = 4;
+    CHECK_EQ(plan(alone, CostModel{}).chunks.size(), 4U);
+  }
+}
+
+TEST(chunks_follow_the_costs) {
+  for (const Pattern pattern : kPatterns) {
+    const Problem p = large(pattern);
+    const Schedule usual = plan(p, CostModel{});
+    CHECK(usual.chunks.size() >= 2);
+    CHECK(usual.estimated_s < 0.97 * usual.one_stream_s);
+
+    CostModel slow_start;  // a collective's latency eats what overlap would gain
+    slow_start.collective_s = 1e-3;
+    CHECK_EQ(plan(p, slow_start).chunks.size(), 1U);
+    CostModel fast_link;  // hardly anything to hide
+    fast_link.link_bytes_per_s = 1e15;
+    CHECK_EQ(plan(p, fast_link).chunks.size(), 1U);
+    CostModel demanding;
+    demanding.least_gain = 0.9;
+    CHECK_EQ(plan(p, demanding).chunks.size(), 1U);
+
+    size_t last = 100;  // dearer collectives, fewer of them
+    for (const double collective_s : {0.0, 5e-6, 20e-6, 80e-6, 320e-6}) {
+      CostModel costs;
+      costs.collective_s = collective_s;
+      const size_t chunks = plan(p, costs).chunks.size();
+      CHECK(chunks <= last);
+      last = chunks;
+    }
+  }
+}
+
+TEST(the_estimate_picks_the_best_number) {
+  for (const Pattern pattern : kPatterns) {
+    for (const int64_t rows : {1024, 2048, 4096, 5000, 16384, 65536, 1 << 20}) {
+      Problem p = large(pattern, rows);
+      const Schedule chosen = plan(p, CostModel{});
+      double best_s = chosen.one_stream_s;
+      for (p.chunks = 2; p.chunks <= 100; ++p.chunks)
+        best_s = std::min(best_s, plan(p, CostModel{}).estimated_s);
+      if (chosen.is_overlapped() && rows <= 16384) CHECK_EQ(chosen.estimated_s, best_s);
+      if (chosen.is_overlapped()) CHECK(chosen.estimated_s <= 1.03 * best_s);
+      if (!chosen.is_overlapped()) CHECK(best_s >= 0.97 * chosen.one_stream_s);
+    }
+  }
+}
+
+TEST(a_second_gemm_hides_one_chunk) {
+  for (const Pattern pattern : {Pattern::kGemmAllReduce, Pattern::kGemmReduceScatter}) {
+    Problem p = large(pattern);
+    p.beside_flop = 2.0 * 8192 * 8192 * 3584;
+    const Schedule chosen = plan(p, CostModel{});
+    CHECK(chosen.is_overlapped());
+    p.chunks = 1;
+    const Schedule one = plan(p, CostModel{});
+    CHECK(one.is_overlapped());
+    CHECK_EQ(one.chunks.size(), 1U);
+    CHECK(one.estimated_s < 0.8 * one.one_stream_s);
+    CHECK(chosen.estimated_s <= one.estimated_s);
+    // The GEMM beside needs none of the collectives.
+    const auto beside = std::ranges::find(one.steps, Work::kBeside, &Step::work);
+    CHECK(beside != one.steps.end() && beside->waits == kNoEvent);
+  }
+}
+
+TEST(what_cannot_be_cut_is_refused) {
+  const auto refused = [](const Problem& p, const char* text) {
+    try {
+      plan(p, CostModel{});
+    } catch (const Error& error) {
+      return std::string(error.what()).find(text) != std::string::npos;
+    }
+    return false;
+  };
+  CHECK(refused({.rows = -1}, "-1"));
+  CHECK(refused({.ranks = 0}, "0 ranks"));
+  CHECK(refused({.tile = {0, 1}}, "tiles of 0 x 1"));
+  CHECK(refused({.pattern = Pattern::kAllGatherGemm, .rows = 5, .ranks = 2, .sizes = {2, 2}},
+                "sum to 4, expected 2 that sum to 5"));
+  CHECK(refused({.pattern = Pattern::kAllGatherGemm, .rows = 5, .ranks = 2, .sizes = {7, -2}},
+                "-2 rows"));
+}
+
+TEST(the_checker_sees_other_faults) {
+  Problem p = large(Pattern::kGemmReduceScatter);
+  p.chunks = 4;
+  const Schedule s = plan(p, CostModel{});
+  CHECK_EQ(fault(p, s), "");
+  const auto position = [&](Work work, int chunk) {
+    return std::ranges::find_if(
+               s.steps,
+               [&](const Step& step) { return step.work == work && step.chunk == chunk; }) -
+           s.steps.begin();
+  };
+  Schedule late = s;  // the collective of chunk 0 behind the GEMM of chunk 1
+  late.steps[position(Work::kCommunicate, 0)].waits = s.steps[position(Work::kGemm, 1)].records;
+  CHECK(!fault(p, late).empty());
+  std::swap(late.steps[position(Work::kCommunicate, 0)], late.steps[position(Work::kGemm, 1)]);
+  CHECK_EQ(fault(p, late), "a chunk waits for a later one");
+  Schedule shared = s;  // two chunks in one buffer at a time
+  shared.chunks[1].slot = 0;
+  CHECK(!fault(p, shared).empty());
+  Schedule cyclic = s;
+  cyclic.steps[0].waits = s.steps[position(Work::kCommunicate, 0)].records;
+  CHECK_EQ(fault(p, cyclic), "a cycle");
+}
+
+int main() { return check::run_all(); }
