@@ -45,8 +45,8 @@ struct CUctx_st {
 struct CUevent_st {
   std::mutex mutex;
   std::condition_variable changed;
-  uint64_t recorded = 0;  // tickets given
-  uint64_t reached = 0;
+  uint64_t recorded = 0;       // tickets given
+  std::set<uint64_t> pending;  // a wait is for the record that it found, whatever comes after
   std::chrono::steady_clock::time_point at;
 };
 
@@ -308,11 +308,12 @@ FAKE_API int cuEventRecord(CUevent_st* event, CUstream_st* stream) {
   {
     std::lock_guard lock(found->mutex);
     ticket = ++found->recorded;
+    found->pending.insert(ticket);
   }
   return push(stream, [found, ticket] {
     {
       std::lock_guard lock(found->mutex);
-      found->reached = std::max(found->reached, ticket);
+      found->pending.erase(ticket);
       found->at = std::chrono::steady_clock::now();
     }
     found->changed.notify_all();
@@ -328,21 +329,21 @@ FAKE_API int cuStreamWaitEvent(CUstream_st* stream, CUevent_st* event, unsigned)
   }
   return push(stream, [found, ticket] {
     std::unique_lock lock(found->mutex);
-    found->changed.wait(lock, [&] { return found->reached >= ticket; });
+    found->changed.wait(lock, [&] { return !found->pending.contains(ticket); });
   });
 }
 FAKE_API int cuEventQuery(CUevent_st* event) {
   const auto found = known(event);
   if (!found) return kInvalidHandle;
   std::lock_guard lock(found->mutex);
-  return found->reached >= found->recorded ? kSuccess : kNotReady;
+  return found->pending.contains(found->recorded) ? kNotReady : kSuccess;
 }
 FAKE_API int cuEventSynchronize(CUevent_st* event) {
   const auto found = known(event);
   if (!found) return kInvalidHandle;
   std::unique_lock lock(found->mutex);
   const uint64_t ticket = found->recorded;
-  found->changed.wait(lock, [&] { return found->reached >= ticket; });
+  found->changed.wait(lock, [&] { return !found->pending.contains(ticket); });
   return kSuccess;
 }
 FAKE_API int cuEventElapsedTime(float* ms, CUevent_st* first, CUevent_st* second) {
