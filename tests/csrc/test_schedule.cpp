@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Schedules as graphs: rows covered once, every conflict ordered, no wait too many; and how many
 // chunks the cost model asks for. The checker knows what each step touches from the pattern alone.
-// TSan: no ranks, one thread.
 #include "overlap/schedule.h"
 
 #include <algorithm>
