@@ -111,7 +111,9 @@ World& world() {
   static auto* const one = new World;  // never ends: streams may still run at exit
   return *one;
 }
-thread_local std::deque<CUctx_st*> t_contexts;
+// initial-exec: memory of the thread itself. The loader's own, for libraries that come late, is
+// freed where TSan cannot see that the thread has ended.
+[[gnu::tls_model("initial-exec")]] thread_local std::deque<CUctx_st*> t_contexts;
 
 CUstream_st* known(CUstream_st* stream) {
   World& w = world();
