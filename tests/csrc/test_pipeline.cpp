@@ -380,27 +380,32 @@ TEST(collectives_run_under_gemms) {
   Place place;
   for (const Pattern pattern : kPatterns) {
     const Schedule s = alone(pattern, 4);
-    // The GEMM that waits here for a collective to begin would wait for ever if that came behind
-    // it.
+    // A pair of which each waits for the other to begin: in one stream they would wait for ever.
     const bool is_gather = pattern == Pattern::kAllGatherGemm;
-    const int gemm = is_gather ? 0 : 3;
-    const std::string begun = is_gather ? "collective 1" : "collective 0";
+    const int gemm = is_gather ? 0 : 1;
+    const int collective = is_gather ? 1 : 0;
     Marks marks;
-    place.pipeline.run(s, place.stream.get(),
-                       {[&](const Chunk& chunk, cuda::StreamHandle on) {
-                          enqueue(on, [&, i = index_of(s, chunk)] {
-                            if (i == gemm) marks.await(begun);
-                            marks.set("end of GEMM " + std::to_string(i));
-                          });
-                        },
-                        [&](const Chunk& chunk, cuda::StreamHandle on) {
-                          enqueue(on, [&, i = index_of(s, chunk)] {
-                            marks.set("collective " + std::to_string(i));
-                          });
-                        }});
+    const auto pair = [&](const std::string& name, int index, const std::string& other,
+                          int other_index) {
+      return [=, &marks, &s](const Chunk& chunk, cuda::StreamHandle on) {
+        enqueue(on, [=, &marks, i = index_of(s, chunk)] {
+          marks.set(concat(name, " ", i, " begins"));
+          if (i == index) marks.await(concat(other, " ", other_index, " begins"));
+          marks.set(concat(name, " ", i, " ends"));
+        });
+      };
+    };
+    const auto make = pair("GEMM", gemm, "collective", collective);
+    const auto send = pair("collective", collective, "GEMM", gemm);
+    place.pipeline.run(s, place.stream.get(), {make, send});
     TPN_CUDA(cuda::driver().StreamSynchronize(place.stream.get()), "a test");
     g_faults.check();
-    CHECK(marks.is_before(begun, "end of GEMM " + std::to_string(gemm)));
+    CHECK(marks.is_before("collective 0 begins", "GEMM 3 ends"));
+    for (int i = 0; i < 4; ++i) {
+      const std::string made = concat("GEMM ", i), sent = concat("collective ", i);
+      CHECK(is_gather ? marks.is_before(sent + " ends", made + " begins")
+                      : marks.is_before(made + " ends", sent + " begins"));
+    }
   }
 }
 

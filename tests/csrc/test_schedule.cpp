@@ -48,7 +48,6 @@ std::vector<Touch> touches_of(const Problem& p, const Schedule& s, const Step& s
   if (step.work == Work::kFork || step.work == Work::kJoin) return all;
   if (step.work == Work::kBeside) {
     all = {{"x", 0, p.rows, false}, {"dW", 0, 1, true}};
-    // What was gathered, every chunk of it, still has to be there.
     if (p.pattern == Pattern::kAllGatherGemm)
       for (int i = 0; i < s.slots; ++i) all.push_back({buffer(i), 0, s.slot_rows, false});
     return all;
@@ -251,6 +250,9 @@ void check_all(const Problem& p, const CostModel& costs) {
   }
   CHECK_EQ(expected, 0U);
   CHECK(s.is_overlapped() || s.chunks.size() == 1);
+  // dW finds every gathered chunk in its buffer still.
+  if (p.pattern == Pattern::kAllGatherGemm && p.beside_flop > 0)
+    CHECK_EQ(s.slots, static_cast<int>(s.chunks.size()));
   for (int rank = 0; rank < p.ranks; ++rank) CHECK(plan(p, costs) == s);
   for (size_t i = 0; i < s.steps.size(); ++i) {
     if (s.steps[i].waits == kNoEvent) continue;
@@ -357,11 +359,12 @@ TEST(chunks_fill_whole_waves) {
     p.chunks = chunks;
     for (const Chunk& chunk : plan(p, CostModel{}).chunks) CHECK_EQ(chunk.rows % (4 * 128), 0);
   }
-  // 33 tiles to a row: no multiple of four rows wastes anything, and cuts move to find them.
+  // 33 tiles to a row: four rows fill a wave. Equal chunks would have 15 rows each; cuts move.
   p.columns = 33 * 256;
-  p.rows = 128 * 37;
+  p.rows = 128 * 45;
   p.chunks = 3;
   const Schedule s = plan(p, CostModel{});
+  CHECK_EQ(s.chunks.size(), 3U);
   for (size_t i = 0; i + 1 < s.chunks.size(); ++i) CHECK_EQ(s.chunks[i].rows % (4 * 128), 0);
 }
 
@@ -407,6 +410,34 @@ TEST(chunks_follow_the_costs) {
       CHECK(chunks <= last);
       last = chunks;
     }
+  }
+}
+
+TEST(the_estimate_is_the_one_made_by_hand) {
+  // A tile takes 1 s and so does its payload; the fractions tell the other costs apart.
+  Problem p{.rows = 256, .columns = 256, .inner = 64, .ranks = 2, .multiprocessors = 1};
+  p.chunks = 2;
+  CostModel costs{.gemm_flop_per_s = 2.0 * 128 * 256 * 64, .memory_bytes_per_s = 1e30};
+  costs.link_bytes_per_s = 128 * 256 * 2;
+  costs.collective_s = 0.25;
+  costs.launch_s = 0.125;
+  costs.event_s = 0.0625;
+  costs.communication_multiprocessors = 0;
+  CHECK_EQ(plan(p, costs).one_stream_s, 0.125 + 2 + 0.25 + 2);
+  // GEMM, event, two collectives, event: the second GEMM is hidden.
+  CHECK_EQ(plan(p, costs).estimated_s, 1.125 + 0.0625 + 2 * 1.25 + 0.0625);
+  costs.communication_multiprocessors = 1;  // now it stands still for the second it shares
+  CHECK_EQ(plan(p, costs).estimated_s, 1.125 + 2.125 + 0.0625 + 1.25 + 0.0625);
+  costs.memory_bytes_per_s = (256 * 64 + 256 * 64 + 256 * 256) * 2 / 8.0;
+  CHECK_EQ(plan(p, costs).one_stream_s, 0.125 + 8 + 0.25 + 2);
+  costs.memory_bytes_per_s = 1e30;
+
+  p.pattern = Pattern::kGemmReduceScatter;
+  p.rows = 384;
+  p.chunks = 1;
+  for (const auto& sizes : {std::vector<int64_t>{128, 256}, std::vector<int64_t>{256, 128}}) {
+    p.sizes = sizes;  // both ranks' shares are padded to the larger
+    CHECK_EQ(plan(p, costs).one_stream_s, 0.125 + 3 + 0.25 + 2);
   }
 }
 
