@@ -46,8 +46,8 @@ struct CUctx_st {
 struct CUevent_st {
   std::mutex mutex;
   std::condition_variable changed;
-  uint64_t recorded = 0;  // tickets given
-  uint64_t reached = 0;
+  uint64_t recorded = 0;       // tickets given
+  std::set<uint64_t> pending;  // a wait is for the record that it found, whatever comes after
   std::chrono::steady_clock::time_point at;
 };
 
@@ -112,9 +112,9 @@ World& world() {
   static auto* const one = new World;  // never ends: streams may still run at exit
   return *one;
 }
-// No destructors: they would run as a library's own threads end, after the sanitizers have gone.
-thread_local CUctx_st* t_contexts[16];
-thread_local int t_depth = 0;
+// In the thread's static block, where sanitizers can follow it.
+[[gnu::tls_model("initial-exec")]] thread_local CUctx_st* t_contexts[16];
+[[gnu::tls_model("initial-exec")]] thread_local int t_depth = 0;
 
 CUstream_st* known(CUstream_st* stream) {
   World& w = world();
@@ -311,11 +311,12 @@ FAKE_API int cuEventRecord(CUevent_st* event, CUstream_st* stream) {
   {
     std::lock_guard lock(found->mutex);
     ticket = ++found->recorded;
+    found->pending.insert(ticket);
   }
   return push(stream, [found, ticket] {
     {
       std::lock_guard lock(found->mutex);
-      found->reached = std::max(found->reached, ticket);
+      found->pending.erase(ticket);
       found->at = std::chrono::steady_clock::now();
     }
     found->changed.notify_all();
@@ -331,21 +332,21 @@ FAKE_API int cuStreamWaitEvent(CUstream_st* stream, CUevent_st* event, unsigned)
   }
   return push(stream, [found, ticket] {
     std::unique_lock lock(found->mutex);
-    found->changed.wait(lock, [&] { return found->reached >= ticket; });
+    found->changed.wait(lock, [&] { return !found->pending.contains(ticket); });
   });
 }
 FAKE_API int cuEventQuery(CUevent_st* event) {
   const auto found = known(event);
   if (!found) return kInvalidHandle;
   std::lock_guard lock(found->mutex);
-  return found->reached >= found->recorded ? kSuccess : kNotReady;
+  return found->pending.contains(found->recorded) ? kNotReady : kSuccess;
 }
 FAKE_API int cuEventSynchronize(CUevent_st* event) {
   const auto found = known(event);
   if (!found) return kInvalidHandle;
   std::unique_lock lock(found->mutex);
   const uint64_t ticket = found->recorded;
-  found->changed.wait(lock, [&] { return found->reached >= ticket; });
+  found->changed.wait(lock, [&] { return !found->pending.contains(ticket); });
   return kSuccess;
 }
 FAKE_API int cuEventElapsedTime(float* ms, CUevent_st* first, CUevent_st* second) {

@@ -87,8 +87,8 @@ namespace {
 
 std::mutex g_mutex;
 std::map<std::string, int> g_calls;
-// No destructors: they would run as a thread ends, after the sanitizers have gone.
-thread_local char t_last_error[200] = "";
+// In the thread's static block, where sanitizers can follow it.
+[[gnu::tls_model("initial-exec")]] thread_local char t_last_error[200] = "";
 void note_error(const std::string& text) {
   std::snprintf(t_last_error, sizeof(t_last_error), "%s", text.c_str());
 }
@@ -290,8 +290,8 @@ struct Call {
   std::function<void()> run;
   std::vector<Transfer> transfers;
 };
-thread_local int t_depth = 0;
-thread_local std::vector<Call>* t_group = nullptr;
+[[gnu::tls_model("initial-exec")]] thread_local int t_depth = 0;
+[[gnu::tls_model("initial-exec")]] thread_local std::vector<Call>* t_group = nullptr;
 
 struct Step {
   ncclComm* comm;
