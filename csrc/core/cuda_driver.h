@@ -52,6 +52,7 @@ struct IpcMemHandle {  // CUipcMemHandle
   X(DevicePrimaryCtxRetain, "cuDevicePrimaryCtxRetain", (Context*, int))                    \
   X(CtxPushCurrent, "cuCtxPushCurrent_v2", (Context))                                       \
   X(CtxPopCurrent, "cuCtxPopCurrent_v2", (Context*))                                        \
+  X(CtxGetDevice, "cuCtxGetDevice", (int*))                                                 \
   X(CtxGetStreamPriorityRange, "cuCtxGetStreamPriorityRange", (int*, int*))                 \
   X(StreamCreateWithPriority, "cuStreamCreateWithPriority", (StreamHandle*, unsigned, int)) \
   X(StreamDestroy, "cuStreamDestroy_v2", (StreamHandle))                                    \

@@ -224,8 +224,9 @@ FAKE_API int cuDeviceGetName(char* text, int length, int) {
   std::snprintf(text, static_cast<size_t>(length), "Fake GPU");
   return kSuccess;
 }
-FAKE_API int cuDeviceGetAttribute(int* value, int, int) {
-  *value = 4;
+FAKE_API int cuDeviceGetAttribute(int* value, int number, int) {
+  const long sm = setting("FAKE_CUDA_SM", 90);
+  *value = static_cast<int>(number == 75 ? sm / 10 : number == 76 ? sm % 10 : 4);
   return kSuccess;
 }
 FAKE_API int cuDeviceGetPCIBusId(char* text, int length, int device) {
@@ -244,6 +245,11 @@ FAKE_API int cuCtxPushCurrent_v2(CUctx_st* context) {
 FAKE_API int cuCtxPopCurrent_v2(CUctx_st** context) {
   if (t_depth == 0) return kNoContext;
   *context = t_contexts[--t_depth];
+  return kSuccess;
+}
+FAKE_API int cuCtxGetDevice(int* device) {
+  if (t_contexts.empty()) return kNoContext;
+  *device = t_contexts.back()->device;
   return kSuccess;
 }
 FAKE_API int cuCtxGetStreamPriorityRange(int* least, int* greatest) {
@@ -286,7 +292,7 @@ FAKE_API int cuStreamQuery(CUstream_st* stream) {
   return s->is_idle() ? kSuccess : kNotReady;
 }
 FAKE_API int cuStreamIsCapturing(CUstream_st*, int* status) {
-  *status = 0;
+  *status = static_cast<int>(setting("FAKE_CUDA_CAPTURING", 0));
   return kSuccess;
 }
 FAKE_API int cuEventCreate(CUevent_st** event, unsigned) {

@@ -7,6 +7,8 @@
 //   FAKE_CUDA_VERSION=N         what the driver says it runs (13000)
 //   FAKE_CUDA_INIT=N            what cuInit answers
 //   FAKE_CUDA_MEMORY=N          bytes of device memory (1 GiB)
+//   FAKE_CUDA_SM=N              compute capability times 10 (90)
+//   FAKE_CUDA_CAPTURING=1       streams say that they are being captured; they run all the same
 //   FAKE_CUDA_JITTER_US=N       every step of a stream first sleeps a random time up to this
 #pragma once
 
