@@ -248,8 +248,8 @@ FAKE_API int cuCtxPopCurrent_v2(CUctx_st** context) {
   return kSuccess;
 }
 FAKE_API int cuCtxGetDevice(int* device) {
-  if (t_contexts.empty()) return kNoContext;
-  *device = t_contexts.back()->device;
+  if (t_depth == 0) return kNoContext;
+  *device = t_contexts[t_depth - 1]->device;
   return kSuccess;
 }
 FAKE_API int cuCtxGetStreamPriorityRange(int* least, int* greatest) {
