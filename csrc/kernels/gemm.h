@@ -60,8 +60,8 @@ struct GemmOperand {
 
 /// C[m, n] = epilogue(op(A)[m, k] op(B)[k, n] + (accumulates ? C : 0)), all row-major.
 /// y = x w^T: B is w, transposed. dx = dy w: none. dw = dy^T x: A is dy, transposed.
-/// Sums in float32, in float64 for float64; 16-bit inputs may have a float32 C. Sizes may be 0: k =
-/// 0 is a product of zeros, and its epilogue runs.
+/// Sums in float32, in float64 for float64; 16-bit inputs may have a float32 C. Sizes may be 0:
+/// without a k the product is zeros, and its epilogue runs.
 struct Gemm {
   int64_t m = 0, n = 0, k = 0;
   DType dtype = DType::kFloat32;      ///< of A and B
