@@ -35,9 +35,9 @@ def test_values_are_rounded_once(
     x = (torch.randn(shape, dtype=torch.float64) * 3).to(dtype)
     y = _ops.glu(x, activation)
     assert y.dtype == dtype and y.shape == (*shape[:-1], shape[-1] // 2)
-    # one rounding, and some units of the wider type's own functions
-    slack = 1 if dtype == torch.bfloat16 else 8
-    torch.testing.assert_close(y.double(), oracle(x, activation), rtol=slack * ulp, atol=1e-7)
+    # one rounding, and some units of the wider type's own functions, which cancel where GELU is small
+    slack, atol = (1, 1e-5) if dtype == torch.bfloat16 else (8, 100 * ulp)
+    torch.testing.assert_close(y.double(), oracle(x, activation), rtol=slack * ulp, atol=atol)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -58,9 +58,8 @@ def test_what_cannot_be_is_told() -> None:
     with pytest.raises(TypeError, match="expected a floating dtype"):
         _ops.glu(torch.ones(3, 4, dtype=torch.int64), "silu")
     x = torch.randn(3, 4, requires_grad=True)
-    (first,) = torch.autograd.grad(_ops.glu(x, "silu").sum(), x, create_graph=True)
-    with pytest.raises((NotImplementedError, RuntimeError)):
-        first.sum().backward()
+    with pytest.raises(NotImplementedError, match="glu has no second derivative"):
+        torch.autograd.grad(_ops.glu(x, "silu").sum(), x, create_graph=True)
 
 
 def test_it_compiles_with_its_gradient() -> None:

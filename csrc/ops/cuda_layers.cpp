@@ -132,7 +132,7 @@ class Linear {
 
  private:
   /// What cuBLASLt would not take, on torch's current stream, which is the GEMM's.
-  void finish(const Tensor& y) const {
+  void finish(Tensor y) const {
     if (bias_.defined()) y.add_(bias_);
     if (epilogue_ == GemmEpilogue::kRelu || epilogue_ == GemmEpilogue::kReluBias) y.relu_();
     if (epilogue_ == GemmEpilogue::kGeluTanh || epilogue_ == GemmEpilogue::kGeluTanhBias)
