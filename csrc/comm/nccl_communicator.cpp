@@ -144,6 +144,45 @@ void NcclCommunicator::grouped(const Calls& calls) {
   });
 }
 
+// ---- memory
+
+Block NcclCommunicator::allocate(int64_t bytes) {
+  if (!api_.MemAlloc || !api_.MemFree || !api_.CommRegister || !api_.CommDeregister || bytes <= 0)
+    return {};
+  const cuda::Current current(device());
+  Block block;
+  const int result = api_.MemAlloc(&block.data, static_cast<size_t>(bytes));
+  TPN_CHECK(result == nccl::kSuccess, "ncclMemAlloc of ", bytes,
+            " bytes failed: ", nccl::text_of(api_, result, nullptr));
+  void* registration = nullptr;
+  {
+    std::lock_guard lock(nccl_mutex_);  // unregistered memory works too
+    if (handle_ && api_.CommRegister(handle_, block.data, static_cast<size_t>(bytes),
+                                     &registration) == nccl::kSuccess)
+      registrations_.insert(registration);
+  }
+  const auto self = std::static_pointer_cast<NcclCommunicator>(shared_from_this());
+  block.owner =
+      std::shared_ptr<void>(block.data, [weak = std::weak_ptr(self), api = &api_, device = device(),
+                                         registration](void* data) noexcept {
+        try {
+          const PlainErrors plain;
+          const cuda::Current on(device);
+          (void)cuda::driver().CtxSynchronize();  // collectives may still be writing
+          if (const auto owner = weak.lock()) owner->unregister(registration);
+          (void)api->MemFree(data);
+        } catch (const std::exception&) {  // the device has gone, and its memory with it
+        }
+      });
+  return block;
+}
+
+void NcclCommunicator::unregister(void* registration) noexcept {
+  std::lock_guard lock(nccl_mutex_);
+  if (registrations_.erase(registration) > 0 && handle_)
+    (void)api_.CommDeregister(handle_, registration);
+}
+
 // ---- collectives
 
 void NcclCommunicator::all_reduce(const Signature& s, const void* in, void* out, int64_t count,
@@ -326,6 +365,11 @@ void NcclCommunicator::end(bool is_orderly) noexcept {
   {
     std::lock_guard lock(nccl_mutex_);
     handle = std::exchange(handle_, nullptr);  // nobody else calls anything on it now
+    if (handle && is_orderly) {
+      for (void* const registration : registrations_)
+        (void)api_.CommDeregister(handle, registration);
+    }
+    registrations_.clear();
   }
   if (!handle) return;
   if (is_orderly) {

@@ -3,6 +3,8 @@
 // aborts and destroys its communicator (DESIGN.md 7).
 #pragma once
 
+#include <set>
+
 #include "comm/device_communicator.h"
 #include "comm/nccl_api.h"
 
@@ -16,6 +18,11 @@ class NcclCommunicator final : public DeviceCommunicator {
                    std::shared_ptr<Communicator> control, std::shared_ptr<Board> board);
   /// Collective; raises on all ranks once one of them cannot.
   void connect(const nccl::UniqueId& id, nccl::Config config, double timeout_s);
+
+  /// Memory of NCCL's own, registered, so that it copies nothing where the hardware allows that.
+  /// For buffers that live long: taking and giving back wait for the GPU. Null data where the
+  /// library has no such functions.
+  Block allocate(int64_t bytes) override;
   ~NcclCommunicator() override;
 
   void all_reduce(const Signature&, const void* in, void* out, int64_t count, const Epilogue&,
@@ -41,6 +48,7 @@ class NcclCommunicator final : public DeviceCommunicator {
   template <class Calls>
   void grouped(const Calls& calls);
   void await_ready(const char* name, int result);
+  void unregister(void* registration) noexcept;
   [[noreturn]] void fail_call(const char* name, int result);
   void gather_blocks(const void* in, char* out, std::span<const int64_t> bytes,
                      cuda::StreamHandle stream);
@@ -48,6 +56,7 @@ class NcclCommunicator final : public DeviceCommunicator {
   const nccl::Api& api_;
   std::mutex nccl_mutex_;  ///< around short calls only
   nccl::Handle handle_ = nullptr;
+  std::set<void*> registrations_;  ///< of handle_
 };
 
 }  // namespace tp_native::comm
