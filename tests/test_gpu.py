@@ -57,7 +57,7 @@ made, told = [None, None], [None, None]
 
 def start(rank, nccl=sys.argv[1] + "/libfake_nccl.so"):
     try:
-        made[rank] = _C.make_nccl(controls[rank], rank, 5.0, 0, False, nccl, [])
+        made[rank] = _C.make_nccl(controls[rank], rank, 5.0, 0, 0, False, nccl, [])
         made[rank].barrier(0.0)
         if rank == 0:
             made[0].abort("enough")
@@ -77,7 +77,7 @@ assert _C.nccl_library("", []) == ("2.28.9", sys.argv[1] + "/libfake_nccl.so")
 
 controls = _C.make_local("tp:missing", 2, 5.0)
 try:
-    _C.make_nccl(controls[0], 7, 1.0, 0, False, "", [])
+    _C.make_nccl(controls[0], 7, 1.0, 0, 0, False, "", [])
     sys.exit("a device that is not there")
 except tp.TensorParallelError as error:
     print(error)

@@ -145,13 +145,19 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "make_nccl",
       [](const std::shared_ptr<Communicator>& control, int device, double init_timeout_s,
-         int max_ctas, bool is_gpu_shared, const std::string& file,
+         int max_ctas, int64_t peer_bytes, bool is_gpu_shared, const std::string& file,
          const std::vector<std::string>& wheel_files) {
-        return comm::make_nccl(
-            {device, init_timeout_s, max_ctas, is_gpu_shared, {file, wheel_files}}, control);
+        return comm::make_nccl({.device = device,
+                                .init_timeout_s = init_timeout_s,
+                                .max_ctas = max_ctas,
+                                .peer_bytes = peer_bytes,
+                                .is_gpu_shared = is_gpu_shared,
+                                .search = {file, wheel_files}},
+                               control);
       },
       py::arg("control"), py::arg("device"), py::arg("init_timeout_s"), py::arg("max_ctas"),
-      py::arg("is_gpu_shared"), py::arg("file"), py::arg("wheel_files"), Released());
+      py::arg("peer_bytes"), py::arg("is_gpu_shared"), py::arg("file"), py::arg("wheel_files"),
+      Released());
   m.def(
       "nccl_library",
       [](const std::string& file, const std::vector<std::string>& wheel_files) {

@@ -45,6 +45,7 @@ def make_nccl(
     device: int,
     init_timeout_s: float,
     max_ctas: int,
+    peer_bytes: int,
     is_gpu_shared: bool,
     file: str,
     wheel_files: list[str],

@@ -57,7 +57,9 @@ def make_nccl(control: _C.Communicator, device: int, init_timeout_s: float) -> _
     """The group of ``control``'s ranks over NCCL, each on a GPU of its own. Collective.
 
     ``TP_NATIVE_NCCL_PATH`` names the library to take, ``TP_NATIVE_NCCL_MAX_CTAS`` how many thread
-    blocks it may use. Ranks may share a GPU, for tests, where NCCL was told so:
+    blocks it may use. With ``TP_NATIVE_PEER_BYTES`` all-reduces of up to so many bytes run as
+    kernels of ours over memory that the ranks reach directly, where they pass a test at the start.
+    Ranks may share a GPU, for tests, where NCCL was told so:
     ``NCCL_MULTI_RANK_GPU_ENABLE=1`` from 2.30 on, or an ``NCCL_HOSTID`` for each process.
     """
     environ = os.environ
@@ -66,6 +68,7 @@ def make_nccl(control: _C.Communicator, device: int, init_timeout_s: float) -> _
         device=device,
         init_timeout_s=init_timeout_s,
         max_ctas=int(environ.get("TP_NATIVE_NCCL_MAX_CTAS", "0")),
+        peer_bytes=int(environ.get("TP_NATIVE_PEER_BYTES", "0")),
         is_gpu_shared=environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1" or "NCCL_HOSTID" in environ,
         file=environ.get("TP_NATIVE_NCCL_PATH", ""),
         wheel_files=wheel_files("nccl", "libnccl.so.2"),
