@@ -9,6 +9,7 @@
 #include "core/callbacks.h"
 #include "core/cuda_driver.h"
 #include "core/fault.h"
+#include "kernels/cuda.h"
 #include "kernels/reduce.h"
 
 namespace py = pybind11;
@@ -173,6 +174,7 @@ PYBIND11_MODULE(_C, m) {
         return std::pair(is_there, why);
       },
       Released());
+  m.def("has_cuda_kernels", &kernels::cuda::is_built);
   m.def("use_driver", &cuda::use_driver, py::arg("path"));  // tests
   m.def(
       "make_local",
