@@ -6,6 +6,7 @@
 
 #include "comm/backends.h"
 #include "comm/registry.h"
+#include "comm/socket_board.h"
 #include "core/callbacks.h"
 #include "core/cuda_driver.h"
 #include "core/fault.h"
@@ -146,12 +147,14 @@ PYBIND11_MODULE(_C, m) {
       "make_nccl",
       [](const std::shared_ptr<Communicator>& control, int device, double init_timeout_s,
          int max_ctas, bool is_gpu_shared, const std::string& file,
-         const std::vector<std::string>& wheel_files) {
+         const std::vector<std::string>& wheel_files, const std::vector<int>& sockets) {
         return comm::make_nccl(
-            {device, init_timeout_s, max_ctas, is_gpu_shared, {file, wheel_files}}, control);
+            {device, init_timeout_s, max_ctas, is_gpu_shared, {file, wheel_files}}, control,
+            sockets.empty() ? nullptr : comm::make_socket_board(control, sockets));
       },
       py::arg("control"), py::arg("device"), py::arg("init_timeout_s"), py::arg("max_ctas"),
-      py::arg("is_gpu_shared"), py::arg("file"), py::arg("wheel_files"), Released());
+      py::arg("is_gpu_shared"), py::arg("file"), py::arg("wheel_files"),
+      py::arg("sockets") = std::vector<int>(), Released());
   m.def(
       "nccl_library",
       [](const std::string& file, const std::vector<std::string>& wheel_files) {
