@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import tp_native as tp
 from harness import World, has_met
@@ -27,6 +27,7 @@ from test_collectives import (
     replicated_bits,
 )
 from test_faults import call, check_kill, child_after_fork, interrupted
+from test_gpu import DOUBLES, needs_doubles, pretend_gpus, works_like_a_group
 from test_nn import adds_and_normalises
 from tp_native import c10d
 from tp_native.config import TensorParallelConfig
@@ -429,6 +430,30 @@ def test_ctrl_c_ends_a_wait_and_tells_the_peers_and_the_ranks_end() -> None:
         world.signal(0, signal.SIGINT)
         assert world.results(20)[0] == "interrupted"
         assert world.stop() == [0, 0]  # no transfer that still waits keeps a process
+    finally:
+        world.kill()
+
+
+def works_over_a_process_group(group: Group, folder: str) -> None:
+    pretend_gpus(folder)
+    ranks = dist.new_group()
+    mesh = DeviceMesh.from_group(ranks, "cpu")
+    for _ in range(2):
+        made = tp.current_group(ranks)
+        works_like_a_group(made)
+        assert made is tp.current_group(ranks) is not group
+        assert tp.current_group(mesh).backend == "c10d"  # it says so
+        assert len(dist.distributed_c10d._world.pg_map) == 3  # the default one, ours, the side
+        made.close()
+        assert len(dist.distributed_c10d._world.pg_map) == 2
+        group.barrier()
+
+
+@needs_doubles
+def test_a_process_group_over_nccl_is_a_group_on_gpus() -> None:
+    world = world_over_gloo(2)
+    try:
+        world.run(works_over_a_process_group, str(DOUBLES))
     finally:
         world.kill()
 
