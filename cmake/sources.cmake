@@ -29,9 +29,10 @@ function(tpn_sources out)
 
   # X_unavailable.cpp stands in for X.cpp, or for the *.cu of a folder X, where there is no CUDA.
   foreach(file IN LISTS found)
-    if(file MATCHES "^(.*)_unavailable\\.cpp$" AND NOT file MATCHES "_avx_unavailable\\.cpp$")
-      set(twin "${CMAKE_MATCH_1}.cpp")
-      if(TPN_WITH_CUDA AND (twin IN_LIST found OR IS_DIRECTORY "${CMAKE_MATCH_1}"))
+    if(NOT file MATCHES "_avx_unavailable\\.cpp$" AND file MATCHES "_unavailable\\.cpp$")
+      string(REGEX REPLACE "_unavailable\\.cpp$" "" stem "${file}")
+      set(twin "${stem}.cpp")
+      if(TPN_WITH_CUDA AND (twin IN_LIST found OR IS_DIRECTORY "${stem}"))
         list(REMOVE_ITEM found "${file}")
       else()
         list(REMOVE_ITEM found "${twin}")

@@ -246,5 +246,6 @@ def test_plan_and_doctor_and_help(folder: Path, capsys: pytest.CaptureFixture[st
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "backends" in out and "shm" in out
+    assert "gpus" in out and "nccl" in out and "cuda kernels" in out
     done = run("--help")
     assert done.returncode == 0 and "generate" in done.stdout

@@ -5,6 +5,7 @@ libraries where there is no GPU.
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +58,7 @@ made, told = [None, None], [None, None]
 
 def start(rank, nccl=sys.argv[1] + "/libfake_nccl.so"):
     try:
-        made[rank] = _C.make_nccl(controls[rank], rank, 5.0, 0, False, nccl, [])
+        made[rank] = _C.make_nccl(controls[rank], rank, 5.0, 0, 0, False, nccl, [])
         made[rank].barrier(0.0)
         if rank == 0:
             made[0].abort("enough")
@@ -77,7 +78,7 @@ assert _C.nccl_library("", []) == ("2.28.9", sys.argv[1] + "/libfake_nccl.so")
 
 controls = _C.make_local("tp:missing", 2, 5.0)
 try:
-    _C.make_nccl(controls[0], 7, 1.0, 0, False, "", [])
+    _C.make_nccl(controls[0], 7, 1.0, 0, 0, False, "", [])
     sys.exit("a device that is not there")
 except tp.TensorParallelError as error:
     print(error)
@@ -104,6 +105,11 @@ def test_a_group_over_nccl_in_python() -> None:
 def test_the_wheels_library_answers_beside_a_cpu_torch() -> None:
     version, path = _C.nccl_library("", gpu.wheel_files("nccl", "libnccl.so.2"))
     assert int(version.split(".")[0]) == 2 and path.endswith("libnccl.so.2")
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine")
+def test_kernels_are_built_where_nvcc_is() -> None:
+    assert _C.has_cuda_kernels()
 
 
 def test_the_module_needs_no_library_of_nvidias() -> None:

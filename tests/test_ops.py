@@ -33,6 +33,9 @@ def samples(group: Group) -> Iterator[tuple[str, tuple[Any, ...]]]:
     for act in ("relu", "gelu_tanh"):
         args = (t(3, 6), t(mine, 6), t(mine), act, order, widths, name)
         yield "column_parallel_linear_act", args
+    for has_bias in (False, True):
+        args = (t(2, 3, mine), t(2, 3, 6), t(mine, 6), has_bias, order, widths, name)
+        yield "column_parallel_linear_backward", args
     for act in ("silu", "gelu", "gelu_tanh"):
         yield "glu", (t(3, 8), act)
     yield "glu_backward", (torch.randn(2, 3, 4), torch.randn(2, 3, 8), "silu")

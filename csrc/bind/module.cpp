@@ -9,6 +9,7 @@
 #include "core/callbacks.h"
 #include "core/cuda_driver.h"
 #include "core/fault.h"
+#include "kernels/cuda.h"
 #include "kernels/reduce.h"
 
 namespace py = pybind11;
@@ -145,13 +146,19 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "make_nccl",
       [](const std::shared_ptr<Communicator>& control, int device, double init_timeout_s,
-         int max_ctas, bool is_gpu_shared, const std::string& file,
+         int max_ctas, int64_t peer_bytes, bool is_gpu_shared, const std::string& file,
          const std::vector<std::string>& wheel_files) {
-        return comm::make_nccl(
-            {device, init_timeout_s, max_ctas, is_gpu_shared, {file, wheel_files}}, control);
+        return comm::make_nccl({.device = device,
+                                .init_timeout_s = init_timeout_s,
+                                .max_ctas = max_ctas,
+                                .peer_bytes = peer_bytes,
+                                .is_gpu_shared = is_gpu_shared,
+                                .search = {file, wheel_files}},
+                               control);
       },
       py::arg("control"), py::arg("device"), py::arg("init_timeout_s"), py::arg("max_ctas"),
-      py::arg("is_gpu_shared"), py::arg("file"), py::arg("wheel_files"), Released());
+      py::arg("peer_bytes"), py::arg("is_gpu_shared"), py::arg("file"), py::arg("wheel_files"),
+      Released());
   m.def(
       "make_peers",
       [](int device, const std::shared_ptr<Communicator>& control) {
@@ -173,6 +180,7 @@ PYBIND11_MODULE(_C, m) {
         return std::pair(is_there, why);
       },
       Released());
+  m.def("has_cuda_kernels", &kernels::cuda::is_built);
   m.def("use_driver", &cuda::use_driver, py::arg("path"));  // tests
   m.def(
       "make_local",

@@ -41,7 +41,10 @@ std::vector<std::shared_ptr<Communicator>> make_local(const Identity& identity);
 struct NcclOptions {
   int device = 0;  ///< number of the GPU in this process
   double init_timeout_s = 60;
-  int max_ctas = 0;            ///< thread blocks that NCCL may use; 0: its own choice
+  int max_ctas = 0;  ///< thread blocks that NCCL may use; 0: its own choice
+  /// All-reduces of up to so many bytes by kernels of our own over memory that the ranks of this
+  /// host reach directly, after a test that they give NCCL's sums; 0: none.
+  int64_t peer_bytes = 0;
   bool is_gpu_shared = false;  ///< several ranks on one GPU, for tests; NCCL must allow it too
   nccl::Search search = {};
 };

@@ -99,6 +99,10 @@ std::shared_ptr<Communicator> make_nccl(const NcclOptions& options,
   control->barrier(options.init_timeout_s, {});  // all have come: the rest takes no time
   const std::vector<Hello> ranks = exchange(*control, introduce(identity, options));
   check(ranks, options.is_gpu_shared);
+  std::unique_ptr<PeerMemory> peers;
+  if (options.peer_bytes > 0 && kernels::cuda::is_built() && identity.size > 1)
+    peers =
+        std::make_unique<PeerMemory>(cuda::Device(options.device), *control, options.peer_bytes);
   if (!board) {
     auto host = std::dynamic_pointer_cast<HostCommunicator>(control);
     TPN_CHECK(host, "ranks on several hosts need a board");
@@ -111,6 +115,7 @@ std::shared_ptr<Communicator> make_nccl(const NcclOptions& options,
   nccl::Config config;
   if (options.max_ctas > 0) config.max_ctas = options.max_ctas;
   communicator->connect(ranks[0].id, config, options.init_timeout_s);
+  if (peers) communicator->use_peers(std::move(peers));
   return communicator;
 }
 

@@ -70,13 +70,11 @@ struct Config {
   X(Recv, int, (void*, size_t, int, int, Handle, StreamHandle))
 
 /// Null in libraries that are too old for them.
-#define TPN_NCCL_OPTIONAL(X)                                       \
-  X(MemAlloc, int, (void**, size_t))                               \
-  X(MemFree, int, (void*))                                         \
-  X(CommRegister, int, (Handle, void*, size_t, void**))            \
-  X(CommDeregister, int, (Handle, void*))                          \
-  X(CommWindowRegister, int, (Handle, void*, size_t, void**, int)) \
-  X(CommWindowDeregister, int, (Handle, void*))
+#define TPN_NCCL_OPTIONAL(X)                            \
+  X(MemAlloc, int, (void**, size_t))                    \
+  X(MemFree, int, (void*))                              \
+  X(CommRegister, int, (Handle, void*, size_t, void**)) \
+  X(CommDeregister, int, (Handle, void*))
 
 struct Api {
 #define TPN_DECLARE(name, result, arguments) result(*name) arguments = nullptr;

@@ -144,6 +144,130 @@ void NcclCommunicator::grouped(const Calls& calls) {
   });
 }
 
+// ---- kernels of ours for small sums
+
+bool NcclCommunicator::reduce_by_peers(const Signature& s, const void* in, void* out, int64_t count,
+                                       const Epilogue& e, cuda::StreamHandle on) {
+  if (!peers_ || count == 0) return false;
+  const int64_t bytes = count * static_cast<int64_t>(item_bytes(s.dtype));
+  const kernels::AllReduceKind kind = kernels::choose_all_reduce(bytes, identity_.size);
+  if (kind == kernels::AllReduceKind::kLibrary || bytes > peers_->payload_bytes()) return false;
+  const bool is_fused =
+      e.norm_weight ? kernels::fuses_norm(kind, bytes) : kind == kernels::AllReduceKind::kOneShot;
+  peers_->all_reduce(kind, s, in, out, count, is_fused ? e : Epilogue{}, on);
+  if (!is_fused) apply_epilogue(s, e, out, count, on);
+  return true;
+}
+
+/// Sums of integers, which no order changes, by both forms of our kernel and by NCCL.
+bool NcclCommunicator::agrees_with_nccl(PeerMemory& memory) {
+  constexpr int64_t kCount = 4099;
+  const auto bytes = static_cast<int64_t>(kCount * sizeof(int32_t));
+  const Signature sums{.op = OpCode::kInit, .dtype = DType::kInt32};
+  const cuda::Stream stream;
+  const cuda::StreamHandle on = stream.get();
+  const cuda::Workspace space(5 * bytes, on, "comparing all-reduces");
+  const auto part = [&](int i) { return space.data() + i * bytes; };
+  std::vector<int32_t> values(kCount);
+  for (int64_t i = 0; i < kCount; ++i)
+    values[i] = static_cast<int32_t>(
+        (static_cast<uint32_t>(i) * 2654435761u + static_cast<uint32_t>(identity_.rank) * 40503u) >>
+        6);  // 26 bits: 16 ranks' sum fits
+  cuda::copy(part(0), values.data(), bytes, on);
+  call("AllReduce", [&](nccl::Handle h) {
+    return api_.AllReduce(part(0), part(1), kCount, nccl::reduced_type(DType::kInt32), 0, h, on);
+  });
+  memory.all_reduce(kernels::AllReduceKind::kOneShot, sums, part(0), part(2), kCount, {}, on);
+  memory.all_reduce(kernels::AllReduceKind::kTwoShot, sums, part(0), part(3), kCount, {}, on);
+  std::vector<int32_t> sum(kCount);
+  std::vector<int32_t> other(kCount);
+  const auto read = [&](int from, std::vector<int32_t>& to) {
+    cuda::copy(to.data(), part(from), bytes, on);
+    const cuda::Event event;
+    event.record(on);
+    for (const double start = now_s(); !event.is_reached(); sleep_s(1e-4)) poll(now_s() - start);
+  };
+  read(1, sum);
+  read(2, other);
+  bool is_equal = sum == other;
+  read(3, other);
+  is_equal = is_equal && sum == other;
+  values[0] = is_equal ? 1 : 0;
+  cuda::copy(part(0), values.data(), sizeof(int32_t), on);
+  call("AllReduce", [&](nccl::Handle h) {
+    return api_.AllReduce(part(0), part(1), 1, nccl::reduced_type(DType::kInt32),
+                          nccl::reduction(DType::kInt32, ReduceOp::kMin), h, on);
+  });
+  read(1, sum);
+  return sum[0] == 1;
+}
+
+void NcclCommunicator::use_peers(std::unique_ptr<PeerMemory> memory) {
+  bool is_good = false;
+  collective({.op = OpCode::kInit}, 0, 0, [&] {
+    const cuda::Current current(device());
+    {
+      std::lock_guard lock(peers_mutex_);
+      peers_ = std::move(memory);  // a failure from here on ends its kernels
+    }
+    is_good = agrees_with_nccl(*peers_);
+    board().finish(seq());
+  });
+  if (is_good) return;
+  std::lock_guard lock(peers_mutex_);
+  peers_.reset();
+  warn(concat("group ", identity_.name,
+              ": all-reduce over peer memory does not give NCCL's sums on this machine; NCCL's is "
+              "used for all sizes"));
+}
+
+void NcclCommunicator::drop() noexcept {
+  {
+    std::lock_guard lock(peers_mutex_);
+    if (peers_) peers_->abort();
+  }
+  DeviceCommunicator::drop();
+}
+
+// ---- memory
+
+Block NcclCommunicator::allocate(int64_t bytes) {
+  if (!api_.MemAlloc || !api_.MemFree || !api_.CommRegister || !api_.CommDeregister || bytes <= 0)
+    return {};
+  const cuda::Current current(device());
+  Block block;
+  const int result = api_.MemAlloc(&block.data, static_cast<size_t>(bytes));
+  TPN_CHECK(result == nccl::kSuccess, "ncclMemAlloc of ", bytes,
+            " bytes failed: ", nccl::text_of(api_, result, nullptr));
+  void* registration = nullptr;
+  {
+    std::lock_guard lock(nccl_mutex_);  // unregistered memory works too
+    if (handle_ && api_.CommRegister(handle_, block.data, static_cast<size_t>(bytes),
+                                     &registration) == nccl::kSuccess)
+      registrations_.insert(registration);
+  }
+  const auto self = std::static_pointer_cast<NcclCommunicator>(shared_from_this());
+  block.owner =
+      std::shared_ptr<void>(block.data, [weak = std::weak_ptr(self), api = &api_, device = device(),
+                                         registration](void* data) noexcept {
+        try {
+          const PlainErrors plain;
+          const cuda::Current on(device);
+          (void)cuda::driver().CtxSynchronize();  // collectives may still be writing
+          if (const auto owner = weak.lock()) owner->unregister(registration);
+          (void)api->MemFree(data);
+        } catch (const std::exception&) {  // the device has gone, and its memory with it
+        }
+      });
+  return block;
+}
+
+void NcclCommunicator::unregister(void* registration) noexcept {
+  std::lock_guard lock(nccl_mutex_);
+  if (registrations_.erase(registration) > 0 && handle_)
+    (void)api_.CommDeregister(handle_, registration);
+}
+
 // ---- collectives
 
 void NcclCommunicator::all_reduce(const Signature& s, const void* in, void* out, int64_t count,
@@ -151,6 +275,7 @@ void NcclCommunicator::all_reduce(const Signature& s, const void* in, void* out,
   const int type = nccl::reduced_type(s.dtype);
   const int op = nccl::reduction(s.dtype, s.reduce);
   launch(s, count * static_cast<int64_t>(item_bytes(s.dtype)), stream, [&](cuda::StreamHandle on) {
+    if (reduce_by_peers(s, in, out, count, epilogue, on)) return;
     if (count > 0) {
       call("AllReduce", [&](nccl::Handle h) {
         return api_.AllReduce(in, out, static_cast<size_t>(count), type, op, h, on);
@@ -322,10 +447,19 @@ void NcclCommunicator::look_at_library() {
 }
 
 void NcclCommunicator::end(bool is_orderly) noexcept {
+  if (!is_orderly) {
+    std::lock_guard lock(peers_mutex_);
+    if (peers_) peers_->abort();
+  }
   nccl::Handle handle = nullptr;
   {
     std::lock_guard lock(nccl_mutex_);
     handle = std::exchange(handle_, nullptr);  // nobody else calls anything on it now
+    if (handle && is_orderly) {
+      for (void* const registration : registrations_)
+        (void)api_.CommDeregister(handle, registration);
+    }
+    registrations_.clear();
   }
   if (!handle) return;
   if (is_orderly) {

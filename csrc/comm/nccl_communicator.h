@@ -3,8 +3,11 @@
 // aborts and destroys its communicator (DESIGN.md 7).
 #pragma once
 
+#include <set>
+
 #include "comm/device_communicator.h"
 #include "comm/nccl_api.h"
+#include "comm/peer_memory.h"
 
 namespace tp_native::comm {
 
@@ -16,6 +19,15 @@ class NcclCommunicator final : public DeviceCommunicator {
                    std::shared_ptr<Communicator> control, std::shared_ptr<Board> board);
   /// Collective; raises on all ranks once one of them cannot.
   void connect(const nccl::UniqueId& id, nccl::Config config, double timeout_s);
+
+  /// Collective, after connect(): all-reduces that fit take kernels of ours over `memory` from now
+  /// on, if they give NCCL's sums on every rank; a warning says so if not.
+  void use_peers(std::unique_ptr<PeerMemory> memory);
+
+  /// Memory of NCCL's own, registered, so that it copies nothing where the hardware allows that.
+  /// For buffers that live long: taking and giving back wait for the GPU. Null data where the
+  /// library has no such functions.
+  Block allocate(int64_t bytes) override;
   ~NcclCommunicator() override;
 
   void all_reduce(const Signature&, const void* in, void* out, int64_t count, const Epilogue&,
@@ -31,6 +43,7 @@ class NcclCommunicator final : public DeviceCommunicator {
   void broadcast(const Signature&, void* data, int64_t count, Stream) override;
 
  protected:
+  void drop() noexcept override;
   void look_at_library() override;
   void end(bool is_orderly) noexcept override;
 
@@ -41,6 +54,10 @@ class NcclCommunicator final : public DeviceCommunicator {
   template <class Calls>
   void grouped(const Calls& calls);
   void await_ready(const char* name, int result);
+  bool agrees_with_nccl(PeerMemory& memory);
+  bool reduce_by_peers(const Signature& s, const void* in, void* out, int64_t count,
+                       const Epilogue& epilogue, cuda::StreamHandle stream);
+  void unregister(void* registration) noexcept;
   [[noreturn]] void fail_call(const char* name, int result);
   void gather_blocks(const void* in, char* out, std::span<const int64_t> bytes,
                      cuda::StreamHandle stream);
@@ -48,6 +65,10 @@ class NcclCommunicator final : public DeviceCommunicator {
   const nccl::Api& api_;
   std::mutex nccl_mutex_;  ///< around short calls only
   nccl::Handle handle_ = nullptr;
+  std::set<void*> registrations_;  ///< of handle_
+
+  std::mutex peers_mutex_;  ///< the watch aborts them
+  std::unique_ptr<PeerMemory> peers_;
 };
 
 }  // namespace tp_native::comm

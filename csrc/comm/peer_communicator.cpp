@@ -75,21 +75,10 @@ void PeerCommunicator::all_reduce(const Signature& s, const void* in, void* out,
       const AllReduceKind kind = is_followed || choice == AllReduceKind::kOneShot
                                      ? AllReduceKind::kOneShot
                                      : AllReduceKind::kTwoShot;
-      run(on, [&](const kernels::cuda::Peers& peers) {
-        kernels::cuda::all_reduce(kind, peers,
-                                  {.dtype = s.dtype,
-                                   .op = s.reduce,
-                                   .in = at(in, first * width),
-                                   .out = at(out, first * width),
-                                   .rows = has_rows ? now / columns : 1,
-                                   .columns = has_rows ? columns : now,
-                                   .bias = e.bias,
-                                   .residual = at(e.residual, first * width),
-                                   .norm_weight = e.norm_weight,
-                                   .eps = e.eps,
-                                   .hidden = at(e.hidden, first * width)},
-                                  on);
-      });
+      Epilogue part = e;
+      part.residual = at(e.residual, first * width);
+      part.hidden = at(e.hidden, first * width);
+      memory_->all_reduce(kind, s, at(in, first * width), at(out, first * width), now, part, on);
     }
   });
 }

@@ -133,6 +133,26 @@ void PeerMemory::after(cuda::StreamHandle stream) {
   last_stream_ = stream;
 }
 
+void PeerMemory::all_reduce(kernels::AllReduceKind kind, const Signature& s, const void* in,
+                            void* out, int64_t count, const Epilogue& e,
+                            cuda::StreamHandle stream) {
+  const bool has_rows = e.columns > 0 && (e.bias || e.norm_weight);
+  kernels::cuda::all_reduce(kind, before(stream),
+                            {.dtype = s.dtype,
+                             .op = s.reduce,
+                             .in = in,
+                             .out = out,
+                             .rows = has_rows ? count / e.columns : 1,
+                             .columns = has_rows ? e.columns : count,
+                             .bias = e.bias,
+                             .residual = e.residual,
+                             .norm_weight = e.norm_weight,
+                             .eps = e.eps,
+                             .hidden = e.hidden},
+                            stream);
+  after(stream);
+}
+
 void PeerMemory::abort() noexcept {
   if (abort_word_)
     std::atomic_ref(*static_cast<uint32_t*>(abort_word_)).store(1, std::memory_order_release);

@@ -26,6 +26,11 @@ class PeerMemory {
   const kernels::cuda::Peers& before(cuda::StreamHandle stream);
   void after(cuda::StreamHandle stream);
 
+  /// The op over all ranks' `count` values, of at most payload_bytes() and whole rows where the
+  /// epilogue has a bias or a norm; with an epilogue kOneShot only.
+  void all_reduce(kernels::AllReduceKind kind, const Signature& s, const void* in, void* out,
+                  int64_t count, const Epilogue& epilogue, cuda::StreamHandle stream);
+
   int64_t payload_bytes() const { return payload_bytes_; }
   void abort() noexcept;  ///< ends every kernel that waits
 

@@ -7,7 +7,7 @@ namespace tp_native {
 namespace {
 Callbacks g_callbacks;  // set once, while the module loads and before any group exists
 thread_local int t_plain_errors = 0;
-}
+}  // namespace
 
 void install_callbacks(const Callbacks& callbacks) { g_callbacks = callbacks; }
 const Callbacks& callbacks() { return g_callbacks; }

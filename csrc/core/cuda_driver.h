@@ -54,6 +54,7 @@ struct IpcMemHandle {  // CUipcMemHandle
   X(CtxPopCurrent, "cuCtxPopCurrent_v2", (Context*))                                        \
   X(CtxGetDevice, "cuCtxGetDevice", (int*))                                                 \
   X(CtxGetStreamPriorityRange, "cuCtxGetStreamPriorityRange", (int*, int*))                 \
+  X(CtxSynchronize, "cuCtxSynchronize", ())                                                 \
   X(StreamCreateWithPriority, "cuStreamCreateWithPriority", (StreamHandle*, unsigned, int)) \
   X(StreamDestroy, "cuStreamDestroy_v2", (StreamHandle))                                    \
   X(StreamSynchronize, "cuStreamSynchronize", (StreamHandle))                               \

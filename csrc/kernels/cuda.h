@@ -162,8 +162,10 @@ struct AllReduce {
   const void* norm_weight = nullptr;
   double eps = 0;
   void* hidden = nullptr;
-  /// Thread blocks, equal on all ranks; 0: a default that grows with the payload. All blocks of all
-  /// ranks on one device must be resident at once: they wait for each other.
+  /// Thread blocks, equal on all ranks; 0: a default that grows with the payload, up to 48. All
+  /// blocks of all ranks on one device must be resident at once, two to a multiprocessor: they wait
+  /// for each other. Ranks of one process load kernels before (CUDA_MODULE_LOADING=EAGER): a first
+  /// launch may wait for what runs.
   int blocks = 0;
 };
 

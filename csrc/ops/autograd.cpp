@@ -26,12 +26,6 @@ bool needs_grad(const Tensors&... tensors) {
   return at::GradMode::is_enabled() && (tensors.requires_grad() || ...);
 }
 
-/// [..., n] as [m, n]; not reshape({-1, n}), which is ambiguous for n = 0
-Tensor flat(const Tensor& t) {
-  if (t.dim() == 2) return t;
-  return t.dim() == 1 ? t.unsqueeze(0) : t.flatten(0, -2);
-}
-
 /// `order` is written by every later op: a saved variable would trip over its version.
 void save_order(AutogradContext* ctx, const Tensor& order, std::string_view group) {
   ctx->saved_data["order"] = order;
@@ -176,6 +170,15 @@ struct LinearFunction : Function<LinearFunction<kReduced>> {
     Tensor dx;
     Tensor dw;
     Tensor db;
+    if (!kReduced && weight.defined() && x.defined()) {
+      static const auto kBackward =
+          find_op<ParallelLinearBackward>("tp_native::column_parallel_linear_backward");
+      const bool has_bias = ctx->saved_data["has_bias_grad"].toBool();
+      std::tie(dx, dw, db) =
+          kBackward.call(grad, x, weight, has_bias, order_of(ctx),
+                         ctx->saved_data["sizes"].toSymIntVector(), group_of(ctx));
+      return {dx, dw, has_bias ? db : Tensor(), none(), none(), none()};
+    }
     if (weight.defined()) {
       dx = kReduced ? grad.matmul(weight)
                     : kRow.call(grad, weight.t(), std::nullopt, order_of(ctx),
@@ -315,6 +318,21 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
   return LinearFunction<kReduced>::apply(x, weight, bias, order, sizes.vec(), std::string(group));
 }
 
+/// Of a second order it is made of steps that have a derivative.
+std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Tensor& x,
+                                                   const Tensor& weight, bool has_bias,
+                                                   const Tensor& order, Sizes sizes,
+                                                   std::string_view group) {
+  if (!needs_grad(grad, x, weight)) {
+    static const auto kOp =
+        find_op<ParallelLinearBackward>("tp_native::column_parallel_linear_backward");
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return kOp.call(grad, x, weight, has_bias, order, sizes, group);
+  }
+  return {linear<true>(grad, weight.t(), std::nullopt, order, sizes, group),
+          flat(grad).t().mm(flat(x)), has_bias ? flat(grad).sum(0) : grad.new_empty({0})};
+}
+
 /// Fused where nothing needs a gradient; else the activation is torch's, with its own backward.
 Tensor linear_act(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                   std::string_view activation, const Tensor& order, Sizes sizes,
@@ -378,6 +396,7 @@ TORCH_LIBRARY_IMPL(tp_native, Autograd, m) {
   m.impl("row_parallel_linear_add_rms_norm", &linear_add_rms_norm);
   m.impl("column_parallel_linear", &linear<false>);
   m.impl("column_parallel_linear_act", &linear_act);
+  m.impl("column_parallel_linear_backward", &linear_backward);
   m.impl("glu", &glu);
   m.impl("glu_backward", &glu_backward);
   m.impl("vocab_parallel_embedding", &vocab_parallel_embedding);

@@ -220,7 +220,7 @@ void scatter_into(const Tensor& t, const Tensor&, const Tensor& out, Sizes symbo
 Tensor make_empty_shared(const Tensor& order, Sizes symbolic, at::ScalarType dtype,
                          std::string_view group) {
   return empty_shared(*comm::find_communicator(group), C10_AS_INTARRAYREF_SLOW(symbolic),
-                      order.options().dtype(dtype));
+                      order.options().dtype(dtype), true);
 }
 
 void implement(torch::Library& m) {

@@ -95,6 +95,16 @@ Tensor column_parallel_linear_act(const Tensor& x, const Tensor& weight, const O
   return activation == "relu" ? y.relu_() : at::gelu_(y, "tanh");
 }
 
+/// What a column-parallel linear's gradient sends back: each rank's dx is a partial sum, so it is a
+/// row-parallel product with the weight turned around. One after the other: on a CPU the collective
+/// has no engine of its own to run on beside a GEMM.
+std::tuple<Tensor, Tensor, Tensor> column_parallel_linear_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& weight, bool has_bias, const Tensor& order,
+    Sizes sizes, std::string_view group) {
+  const Tensor dx = row_parallel_linear(grad, weight.t(), std::nullopt, order, sizes, group);
+  return {dx, flat(grad).t().mm(flat(x)), has_bias ? flat(grad).sum(0) : grad.new_empty({0})};
+}
+
 /// In float32 where the values are shorter, as the kernel for GPUs does: rounded once.
 Tensor activated(const Tensor& gate, std::string_view activation) {
   return activation == "silu" ? at::silu(gate)
@@ -181,6 +191,7 @@ TORCH_LIBRARY_IMPL(tp_native, CPU, m) {
   m.impl("row_parallel_linear_add_rms_norm", &row_parallel_linear_add_rms_norm);
   m.impl("column_parallel_linear", &column_parallel_linear);
   m.impl("column_parallel_linear_act", &column_parallel_linear_act);
+  m.impl("column_parallel_linear_backward", &column_parallel_linear_backward);
   m.impl("glu", &glu);
   m.impl("glu_backward", &glu_backward);
   m.impl("vocab_parallel_embedding", &vocab_parallel_embedding);

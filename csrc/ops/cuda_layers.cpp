@@ -49,8 +49,10 @@ Gpu& gpu_of(int index) {
 
 /// How a row-parallel product is cut. Planned once for each shape.
 std::shared_ptr<const overlap::Schedule> schedule_of(const Partial& p, at::IntArrayRef sizes,
-                                                     DType dtype, const Gpu& gpu) {
-  const auto key = std::tuple(p.rows, p.columns, sizes.vec(), dtype, gpu.multiprocessors);
+                                                     DType dtype, double beside_flop,
+                                                     const Gpu& gpu) {
+  const auto key =
+      std::tuple(p.rows, p.columns, sizes.vec(), dtype, beside_flop, gpu.multiprocessors);
   static std::mutex mutex;
   static std::map<std::decay_t<decltype(key)>, std::shared_ptr<const overlap::Schedule>> known;
   std::lock_guard lock(mutex);
@@ -64,6 +66,7 @@ std::shared_ptr<const overlap::Schedule> schedule_of(const Partial& p, at::IntAr
     problem.dtype = dtype;
     problem.ranks = static_cast<int>(sizes.size());
     problem.multiprocessors = gpu.multiprocessors;
+    problem.beside_flop = beside_flop;
     problem.tile = overlap::default_tile(dtype);
     schedule =
         std::make_shared<overlap::Schedule>(overlap::plan(problem, overlap::default_costs(dtype)));
@@ -90,10 +93,6 @@ struct Matrix {
   bool is_transposed = false;
   int64_t ld = 1;
 };
-
-Tensor flat(const Tensor& x, int64_t rows) {
-  return x.dim() == 2 ? x : x.reshape({rows, x.size(-1)});
-}
 
 bool is_gemm_type(DType dtype) {
   return dtype == DType::kFloat32 || dtype == DType::kFloat64 || dtype == DType::kFloat16 ||
@@ -148,16 +147,21 @@ class Linear {
 
 /// The product of this rank's share, summed over the ranks chunk by chunk. The bias rides in rank
 /// 0's GEMM: it is in the sum once and costs nothing. `epilogue` is what follows the sum, given for
-/// row 0.
+/// row 0. `beside`: work of the caller's stream that needs none of it, for while the last sums are
+/// under way, and how much it is.
+struct Beside {
+  double flop = 0;
+  std::function<void(cuda::StreamHandle)> run = nullptr;
+};
 void reduce_product(comm::Communicator& communicator, const Signature& whole, const Tensor& x,
                     const Tensor& weight, const OptionalTensor& bias, const Tensor& out,
                     const Partial& p, at::IntArrayRef sizes, const comm::Epilogue& epilogue,
-                    const comm::Stream& stream) {
+                    const comm::Stream& stream, const Beside& beside = {}) {
   const bool adds_bias = bias && communicator.identity().rank == 0;
-  const Linear linear(flat(x, p.rows), weight, adds_bias ? bias->contiguous() : Tensor(),
+  const Linear linear(flat(x), weight, adds_bias ? bias->contiguous() : Tensor(),
                       adds_bias ? GemmEpilogue::kBias : GemmEpilogue::kNone);
   Gpu& gpu = gpu_of(x.device().index());
-  const auto schedule = schedule_of(p, sizes, whole.dtype, gpu);
+  const auto schedule = schedule_of(p, sizes, whole.dtype, beside.flop, gpu);
   const auto width = static_cast<int64_t>(item_bytes(whole.dtype)) * p.columns;
   const auto at_row = [&](const void* base, int64_t row) {
     return base ? static_cast<const char*>(base) + row * width : nullptr;
@@ -179,7 +183,9 @@ void reduce_product(comm::Communicator& communicator, const Signature& whole, co
              auto* const data = const_cast<char*>(at_row(out.mutable_data_ptr(), row));
              communicator.all_reduce(schedule->chunks.size() == 1 ? whole : part, data, data,
                                      chunk.rows * p.columns, rest, {on});
-           }});
+           },
+       .beside = beside.run});
+  if (beside.run && beside.flop == 0) beside.run(handle_of(stream));  // no rows: it makes zeros
 }
 
 Tensor row_parallel_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
@@ -226,6 +232,50 @@ std::tuple<Tensor, Tensor> row_parallel_linear_add_rms_norm(
   return {normed, hidden};
 }
 
+/// The sum of dx runs beside the GEMM of dW, whose epilogue makes db.
+std::tuple<Tensor, Tensor, Tensor> column_parallel_linear_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& weight, bool has_bias, const Tensor&,
+    Sizes symbolic, std::string_view group) {
+  constexpr const char* kOp = "column_parallel_linear_backward";
+  const auto communicator = comm::find_communicator(group);
+  const at::IntArrayRef sizes = C10_AS_INTARRAYREF_SLOW(symbolic);
+  const Tensor turned = weight.t();
+  const Partial p =
+      check_row_parallel(kOp, grad, turned, std::nullopt, sizes, communicator->identity());
+  const Placed placed(kOp, grad, communicator->identity());
+  const Tensor dx = at::empty(p.shape, grad.options());
+  const Tensor dw = at::empty(weight.sizes(), weight.options());
+  const Tensor db = at::empty({has_bias ? weight.size(0) : 0}, grad.options());
+  const Matrix dy(flat(grad));
+  const Matrix input(flat(x));
+  const Signature signature{.op = OpCode::kRowParallelLinear,
+                            .dtype = dtype_of(grad),
+                            .shape = p.shape,
+                            .sizes = span_of(sizes)};
+  const auto make_dw = [&](cuda::StreamHandle on) {
+    kernels::Gemm product;
+    product.m = dw.size(0);
+    product.n = dw.size(1);
+    product.k = p.rows;
+    product.dtype = product.out_dtype = signature.dtype;
+    product.a = {dy.row(0), dy.ld, !dy.is_transposed};  // dy^T
+    product.b = {input.row(0), input.ld, input.is_transposed};
+    product.c = dw.mutable_data_ptr();
+    product.ldc = dw.size(1);
+    product.epilogue = has_bias ? GemmEpilogue::kBiasGradA : GemmEpilogue::kNone;
+    product.bias_grad = has_bias ? db.mutable_data_ptr() : nullptr;
+    product.allows_tf32 = at::globalContext().allowTF32CuBLAS();
+    const kernels::GemmPlan plan = kernels::gemm(product, on);
+    if (has_bias && !plan.is_fused) db.copy_(dy.tensor.sum(0));
+  };
+  // the largest share of all ranks: they must cut alike
+  const double flop = 2.0 * static_cast<double>(p.rows) * static_cast<double>(p.columns) *
+                      static_cast<double>(*std::ranges::max_element(sizes));
+  reduce_product(*communicator, signature, grad, turned, std::nullopt, dx, p, sizes,
+                 {.columns = p.columns}, placed, {flop, make_dw});
+  return {dx, dw, db};
+}
+
 GemmEpilogue epilogue_of(std::string_view activation, bool has_bias) {
   if (activation == "relu") return has_bias ? GemmEpilogue::kReluBias : GemmEpilogue::kRelu;
   return has_bias ? GemmEpilogue::kGeluTanhBias : GemmEpilogue::kGeluTanh;
@@ -252,7 +302,7 @@ Tensor column_parallel_linear_act(const Tensor& x, const Tensor& weight, const O
   shape.back() = weight.size(0);
   const int64_t rows = c10::multiply_integers(shape.begin(), shape.end() - 1);
   const Tensor out = at::empty(shape, x.options());
-  const Linear linear(flat(x, rows), weight, bias ? bias->contiguous() : Tensor(),
+  const Linear linear(flat(x), weight, bias ? bias->contiguous() : Tensor(),
                       epilogue_of(activation, bias.has_value()));
   linear.run(out, 0, rows, handle_of(placed));
   return out;
@@ -338,6 +388,7 @@ TORCH_LIBRARY_IMPL(tp_native, CUDA, m) {
   m.impl("column_parallel_linear", &column_parallel_linear);
   m.impl("column_parallel_linear_act", &column_parallel_linear_act);
   m.impl("vocab_parallel_embedding", &vocab_parallel_embedding);
+  m.impl("column_parallel_linear_backward", &column_parallel_linear_backward);
   m.impl("glu", &glu);
   m.impl("glu_backward", &glu_backward);
 }

@@ -73,6 +73,13 @@ Tensor parallel_linear_act(const Tensor& x, const Tensor& weight, const Optional
   return parallel_linear(x, weight, bias, order, sizes, group);
 }
 
+std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Tensor& x,
+                                                   const Tensor& weight, bool has_bias,
+                                                   const Tensor&, Sizes, std::string_view) {
+  return {same(x), same(weight),
+          at::empty_symint({has_bias ? weight.sym_size(0) : c10::SymInt(0)}, grad.options())};
+}
+
 Tensor glu(const Tensor& gate_up, std::string_view) {
   return with_last(gate_up, gate_up.sym_size(-1) / 2, gate_up.options());
 }
@@ -103,6 +110,7 @@ TORCH_LIBRARY_IMPL(tp_native, Meta, m) {
   m.impl("row_parallel_linear", &parallel_linear);
   m.impl("column_parallel_linear", &parallel_linear);
   m.impl("column_parallel_linear_act", &parallel_linear_act);
+  m.impl("column_parallel_linear_backward", &linear_backward);
   m.impl("glu", &glu);
   m.impl("glu_backward", &glu_backward);
   m.impl("row_parallel_linear_add_rms_norm", &linear_add_rms_norm);

@@ -38,6 +38,9 @@ TORCH_LIBRARY(tp_native, m) {
   m.def(
       "column_parallel_linear_act(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor "
       "order, SymInt[] sizes, str group) -> Tensor");
+  m.def(
+      "column_parallel_linear_backward(Tensor grad, Tensor x, Tensor weight, bool has_bias, "
+      "Tensor(a!) order, SymInt[] sizes, str group) -> (Tensor dx, Tensor dw, Tensor db)");
   m.def("glu(Tensor gate_up, str activation) -> Tensor");
   m.def("glu_backward(Tensor grad, Tensor gate_up, str activation) -> Tensor");
   m.def(

@@ -32,6 +32,9 @@ using ParallelLinear = Tensor(const Tensor& x, const Tensor& weight, const Optio
 using ParallelLinearAct = Tensor(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                                  std::string_view activation, const Tensor& order, Sizes sizes,
                                  std::string_view group);
+using ParallelLinearBackward = std::tuple<Tensor, Tensor, Tensor>(
+    const Tensor& grad, const Tensor& x, const Tensor& weight, bool has_bias, const Tensor& order,
+    Sizes sizes, std::string_view group);
 using Glu = Tensor(const Tensor& gate_up, std::string_view activation);
 using GluBackward = Tensor(const Tensor& grad, const Tensor& gate_up, std::string_view activation);
 using LinearAddRmsNorm = std::tuple<Tensor, Tensor>(const Tensor& x, const Tensor& weight,
@@ -50,6 +53,12 @@ inline void check_device(const char* op, const Tensor& input, const Tensor& weig
   TORCH_CHECK_VALUE(input.device() == weight.device(), op, ": the input is on ", input.device(),
                     ", the weight on ", weight.device(),
                     ": move the input with x.to(weight.device)");
+}
+
+/// [..., n] as [m, n]; not reshape({-1, n}), which is ambiguous for n = 0.
+inline Tensor flat(const Tensor& t) {
+  if (t.dim() == 2) return t;
+  return t.dim() == 1 ? t.unsqueeze(0) : t.flatten(0, -2);
 }
 
 template <class Signature>

@@ -50,9 +50,10 @@ ReduceOp reduce_op_of(std::string_view op) {
 }
 
 at::Tensor empty_shared(comm::Communicator& communicator, at::IntArrayRef shape,
-                        const at::TensorOptions& options) {
+                        const at::TensorOptions& options, bool is_kept) {
   const int64_t bytes =
       c10::multiply_integers(shape) * static_cast<int64_t>(options.dtype().itemsize());
+  if (!options.device().is_cpu() && !is_kept) return at::empty(shape, options);
   comm::Block block = communicator.allocate(bytes);
   if (!block.data) return at::empty(shape, options);
   return at::from_blob(block.data, shape, [owner = std::move(block.owner)](void*) {}, options);

@@ -18,10 +18,10 @@ namespace tp_native::ops {
 DType dtype_of(const at::Tensor& t);
 ReduceOp reduce_op_of(std::string_view op);
 
-/// An uninitialised tensor, in the communicator's arena where it can be: a collective on it copies
-/// nothing.
+/// An uninitialised tensor, in the communicator's memory where it can be: a collective on it copies
+/// nothing. On a GPU that is for tensors that are kept: taking such memory takes long.
 at::Tensor empty_shared(comm::Communicator& communicator, at::IntArrayRef shape,
-                        const at::TensorOptions& options);
+                        const at::TensorOptions& options, bool is_kept = false);
 
 /// Two of them, the second behind the first in one block where there is one.
 std::pair<at::Tensor, at::Tensor> empty_shared_pair(comm::Communicator& communicator,

@@ -358,6 +358,7 @@ def _doctor(options: argparse.Namespace, arguments: Sequence[str]) -> int:
 
     import torch
 
+    from . import gpu
     from ._native import _C
 
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -369,6 +370,7 @@ def _doctor(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             b for b in ("shm", "local", "c10d", "nccl") if b == "c10d" or _C.is_available(b)
         ),
         "reductions": _C.reduce_isa(),
+        **gpu.facts(),
         "cores": str(len(os.sched_getaffinity(0))),
         "memory": f"{memory / 2**30:.1f} GiB",
         "kernel": platform.release(),

@@ -69,7 +69,9 @@ def make_nccl(control: _C.Communicator, device: int, init_timeout_s: float) -> _
     """The group of ``control``'s ranks over NCCL, each on a GPU of its own. Collective.
 
     ``TP_NATIVE_NCCL_PATH`` names the library to take, ``TP_NATIVE_NCCL_MAX_CTAS`` how many thread
-    blocks it may use. Ranks may share a GPU, for tests, where NCCL was told so:
+    blocks it may use. With ``TP_NATIVE_PEER_BYTES`` all-reduces of up to so many bytes run as
+    kernels of ours over memory that the ranks reach directly, where they pass a test at the start.
+    Ranks may share a GPU, for tests, where NCCL was told so:
     ``NCCL_MULTI_RANK_GPU_ENABLE=1`` from 2.30 on, or an ``NCCL_HOSTID`` for each process.
     """
     environ = os.environ
@@ -78,10 +80,30 @@ def make_nccl(control: _C.Communicator, device: int, init_timeout_s: float) -> _
         device=device,
         init_timeout_s=init_timeout_s,
         max_ctas=int(environ.get("TP_NATIVE_NCCL_MAX_CTAS", "0")),
+        peer_bytes=int(environ.get("TP_NATIVE_PEER_BYTES", "0")),
         is_gpu_shared=environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1" or "NCCL_HOSTID" in environ,
-        file=environ.get("TP_NATIVE_NCCL_PATH", ""),
+        file=_nccl_path(),
         wheel_files=wheel_files("nccl", "libnccl.so.2"),
     )
+
+
+def facts() -> dict[str, str]:
+    """What there is of NVIDIA's, for people."""
+    is_there, why = _C.gpu_status()
+    try:
+        version, path = _C.nccl_library(_nccl_path(), wheel_files("nccl", "libnccl.so.2"))
+        nccl = f"{version} at {path}"
+    except TensorParallelError as error:
+        nccl = str(error)
+    return {
+        "gpus": f"{torch.cuda.device_count()} seen by torch" if is_there else why,
+        "nccl": nccl,
+        "cuda kernels": "built" if _C.has_cuda_kernels() else "not built: no nvcc was found",
+    }
+
+
+def _nccl_path() -> str:
+    return os.environ.get("TP_NATIVE_NCCL_PATH", "")
 
 
 def wheel_files(package: str, file: str) -> list[str]:

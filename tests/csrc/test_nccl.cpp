@@ -430,6 +430,35 @@ TEST(memory_that_runs_out_names_need_and_have) {
   close_all(ranks);
 }
 
+TEST(kept_memory_is_registered_and_outlives_the_group) {
+  const auto allocated = symbol<int()>(kNccl, "fake_nccl_allocated");
+  const Ranks ranks = make_clean(2);
+  std::vector<Block> kept(2);
+  run_clean(ranks, on_gpu([&](Communicator& c, cuda::StreamHandle stream) {
+              const Block passing = c.allocate(4000);
+              Block& block = kept[c.identity().rank] = c.allocate(4000);
+              CHECK(block.data != nullptr && block.data != passing.data);
+              const int64_t shape[] = {1000};
+              OnDevice<float> x(stream, ramp(1000, 1));
+              cuda::copy(block.data, x.data(), 4000, stream);
+              c.all_reduce({.op = OpCode::kAllReduce, .dtype = DType::kFloat32, .shape = shape},
+                           block.data, x.data(), 1000, {}, {stream});
+              CHECK(x.read() == ramp(1000, 2));
+            }));
+  CHECK_EQ(allocated(), 2);
+  close_all(ranks);
+  CHECK_EQ(live_communicators(), 0);  // destroyed in good order: nothing was registered any more
+  std::memset(kept[0].data, 1, 4000);
+  kept.clear();
+  CHECK_EQ(allocated(), 0);
+  const Setting none("FAKE_NCCL_FAIL", "ncclMemAlloc:0:1");
+  const Ranks again = make_clean(2);
+  for (const FailureRecord& failure : run(again, [](Communicator& c) { c.allocate(64); }))
+    CHECK(failure.message.find("ncclMemAlloc of 64 bytes failed: unhandled cuda error (1)") !=
+          std::string::npos);
+  close_all(again);
+}
+
 TEST(events_do_not_pile_up) {
   const auto events = symbol<int()>(kDriver, "fake_cuda_live_events");
   const Ranks ranks = make_clean(2);

@@ -63,6 +63,23 @@ namespace tp_native::kernels::cuda {
 
 bool is_built() { return true; }
 
+bool g_is_wrong = false;
+
+void apply_epilogue(const SumEpilogue& e, StreamHandle stream) {
+  enqueue(stream, [e] {
+    const void* const src[] = {e.sum};
+    void* const dst[] = {e.out};
+    void* const hidden[] = {e.hidden};
+    if (e.norm_weight) {
+      reduce_rms_norm({e.dtype, 1, src, 1, dst, hidden, e.rows, e.columns, e.bias, e.residual,
+                       e.norm_weight, e.eps});
+    } else {
+      reduce({e.dtype, ReduceOp::kSum, 1, src, 1, dst, e.rows * e.columns, e.bias, e.columns, 0,
+              e.residual});
+    }
+  });
+}
+
 void all_reduce(AllReduceKind kind, const Peers& p, const AllReduce& a, StreamHandle stream) {
   count();
   if (kind == AllReduceKind::kLibrary) std::abort();
@@ -79,6 +96,7 @@ void all_reduce(AllReduceKind kind, const Peers& p, const AllReduce& a, StreamHa
     } else {
       reduce({a.dtype, a.op, p.size, src.data(), 1, dst, values, a.bias, a.columns, 0, a.residual});
     }
+    if (g_is_wrong && p.rank == 1) static_cast<char*>(a.out)[5] ^= 1;
   });
 }
 
@@ -233,6 +251,54 @@ TEST(streams_may_change_between_calls) {
               }
               for (auto& x : all) CHECK_EQ(x->read()[0], 3.0f);
             }));
+  close_all(ranks);
+}
+
+TEST(nccl_groups_take_these_kernels_for_small_sums_if_they_are_right) {
+  use_doubles();
+  const auto make_over = [&](const std::string& name) {
+    const Ranks controls = make_local({0, 3, name, "local", 0, 5});
+    Ranks ranks(3);
+    run_clean(controls, [&](Communicator& control) {
+      const int rank = control.identity().rank;
+      NcclOptions options;
+      options.device = rank;
+      options.peer_bytes = 1 << 20;
+      options.search.file = TPN_DOUBLES "/libfake_nccl.so";
+      ranks[rank] = make_nccl(options, controls[rank]);
+    });
+    return ranks;
+  };
+  const auto kernels_of = [&](const Ranks& ranks, size_t rows) {
+    const int before = g_kernels;
+    run_clean(ranks, on_gpu([&](Communicator& c, cuda::StreamHandle stream) {
+                OnDevice<float> x(stream, ramp(rows * 100, 1));
+                OnDevice<float> residual(stream, ramp(rows * 100, -3));
+                OnDevice<float> weight(stream, ramp(100, 1));
+                OnDevice<float> hidden(stream, ramp(rows * 100, 9));
+                const int64_t shape[] = {static_cast<int64_t>(rows), 100};
+                c.all_reduce({.op = OpCode::kAllReduce, .dtype = DType::kFloat32, .shape = shape},
+                             x.data(), x.data(), shape[0] * 100,
+                             {.columns = 100,
+                              .residual = residual.data(),
+                              .norm_weight = weight.data(),
+                              .eps = 1,
+                              .hidden = hidden.data()},
+                             {stream});
+                CHECK(x.read() == std::vector<float>(rows * 100));  // 3 x - 3 x, normed
+                CHECK(hidden.read() == std::vector<float>(rows * 100));
+              }));
+    return g_kernels - before;
+  };
+  Ranks ranks = make_over("tp:small");
+  CHECK_EQ(kernels_of(ranks, 4), 3);     // one launch a rank, the norm in it
+  CHECK_EQ(kernels_of(ranks, 2000), 3);  // 800 KB: two shots, the norm behind them
+  CHECK_EQ(kernels_of(ranks, 4000), 0);  // 1.6 MB: NCCL's
+  close_all(ranks);
+  kernels::cuda::g_is_wrong = true;
+  ranks = make_over("tp:wrong");
+  kernels::cuda::g_is_wrong = false;
+  CHECK_EQ(kernels_of(ranks, 4), 0);
   close_all(ranks);
 }
 

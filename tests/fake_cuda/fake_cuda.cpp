@@ -257,6 +257,15 @@ FAKE_API int cuCtxGetStreamPriorityRange(int* least, int* greatest) {
   *greatest = -5;
   return kSuccess;
 }
+FAKE_API int cuCtxSynchronize() {
+  std::set<CUstream_st*> streams;
+  {
+    std::lock_guard lock(world().mutex);
+    streams = world().streams;
+  }
+  for (CUstream_st* const stream : streams) stream->drain();
+  return kSuccess;
+}
 FAKE_API int cuStreamCreateWithPriority(CUstream_st** stream, unsigned, int) {
   if (t_depth == 0) return kNoContext;
   *stream = new CUstream_st;

@@ -63,6 +63,7 @@ struct Shared {
 };
 
 std::atomic<int> g_live{0};
+std::atomic<int> g_allocated{0};
 
 }  // namespace
 
@@ -81,6 +82,7 @@ struct ncclComm {
   std::atomic<uint64_t> done{0};
   uint64_t meets = 0;
   int collectives = 0;
+  std::atomic<int> registered{0};
 };
 
 namespace {
@@ -376,6 +378,8 @@ void forget(ncclComm* comm) {
 
 /// Communicators that nobody has destroyed or aborted.
 FAKE_API int fake_nccl_live() { return g_live; }
+/// Blocks of ncclMemAlloc that nobody has given back.
+FAKE_API int fake_nccl_allocated() { return g_allocated; }
 
 struct Id {
   char text[128];
@@ -459,6 +463,7 @@ FAKE_API int ncclCommFinalize(ncclComm* comm) {
 }
 FAKE_API int ncclCommDestroy(ncclComm* comm) {
   if (const int result = injected("ncclCommDestroy", comm)) return result;
+  if (comm->registered != 0) return kInvalidUsage;  // somebody forgot
   forget(comm);
   return kSuccess;
 }
@@ -467,6 +472,27 @@ FAKE_API int ncclCommAbort(ncclComm* comm) {
   comm->is_aborted = true;
   forget(comm);
   return kSuccess;
+}
+FAKE_API int ncclMemAlloc(void** data, size_t bytes) {
+  if (const int result = injected("ncclMemAlloc", nullptr)) return result;
+  *data = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+  ++g_allocated;
+  return kSuccess;
+}
+FAKE_API int ncclMemFree(void* data) {
+  std::free(data);
+  --g_allocated;
+  return kSuccess;
+}
+FAKE_API int ncclCommRegister(ncclComm* comm, void* data, size_t, void** registration) {
+  if (const int result = injected("ncclCommRegister", comm)) return result;
+  ++comm->registered;
+  *registration = data;
+  return kSuccess;
+}
+FAKE_API int ncclCommDeregister(ncclComm* comm, void*) {
+  --comm->registered;
+  return injected("ncclCommDeregister", comm);
 }
 FAKE_API int ncclGroupStart() {
   if (const int result = injected("ncclGroupStart", nullptr)) return result;

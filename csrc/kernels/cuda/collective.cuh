@@ -16,8 +16,8 @@ namespace tp_native::kernels::cuda {
 constexpr int kCollectiveThreads = 256;
 /// Of one block in one round: kCollectiveThreads packs.
 constexpr int64_t kTileBytes = int64_t{kCollectiveThreads} * kPackBytes;
-/// As a default. Not tuned on a device: 4 ranks of so many blocks are resident at once on one H200.
-constexpr int kDefaultBlocks = 64;
+/// As a default. Not tuned on a device; 4 ranks of so many are resident at once on one A100 or H200.
+constexpr int kDefaultBlocks = 48;
 
 static_assert(kCollectiveThreads >= kMaxBlocks, "Meetings::finish() writes in one round");
 

@@ -64,8 +64,8 @@ TPN_HOST_DEVICE void sum_flat(const Share& share, const Terms& terms, ReduceOp o
   constexpr int N = kLanes<T>;
   const int64_t packs = has_packs ? count / N : 0;
   const int64_t stride = share.stride();
-  const int64_t packs_per_row = kHasAfter && after.bias ? after.columns / N : 1;
-  RowCursor at[kDepth];
+  const int64_t packs_per_row = packs > 0 && kHasAfter && after.bias ? after.columns / N : 1;
+  RowCursor at[kDepth]{};
   RowCursor step{};
   if (kHasAfter && after.bias) {
     step = RowCursor::at(kDepth * stride, packs_per_row);
@@ -89,7 +89,7 @@ TPN_HOST_DEVICE void sum_flat(const Share& share, const Terms& terms, ReduceOp o
         }
       }
     }
-    Wide<T, N> acc[kDepth];
+    Wide<T, N> acc[kDepth]{};
     reduce_ranks<kFamily, kBatch>(op, terms.size(), acc, [&](int u, int rank) {
       Pack<T, N> term{};
       if (u == 0 || pack + u * stride < packs) {
@@ -107,7 +107,7 @@ TPN_HOST_DEVICE void sum_flat(const Share& share, const Terms& terms, ReduceOp o
     }
   }
   share.rest(packs * N, count, N, [&](int64_t i) {
-    Wide<T, 1> acc[1];
+    Wide<T, 1> acc[1]{};
     reduce_ranks<kFamily, kBatch>(op, terms.size(), acc,
                                   [&](int, int rank) { return load<1>(terms.of(rank) + i); });
     Pack<T, 1> h;

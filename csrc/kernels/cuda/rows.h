@@ -55,7 +55,7 @@ TPN_HOST_DEVICE void sum_row(const Columns<N>& mine, const Terms& terms, const A
       bias[u] = fetch_term<N>(is_in(u) ? after.bias : nullptr, at(u));
       residual[u] = fetch_term<N>(is_in(u) ? after.residual : nullptr, row.begin + at(u));
     }
-    Wide<T, N> acc[kDepth];
+    Wide<T, N> acc[kDepth]{};
     reduce_ranks<OpFamily::kSums, kBatch>(ReduceOp::kSum, terms.size(), acc, [&](int u, int rank) {
       Pack<T, N> term{};
       if (is_in(u)) term = load<N>(terms.of(rank) + row.begin + at(u));
