@@ -13,6 +13,7 @@
 
 #include "cases.h"
 #include "comm/backends.h"
+#include "gpu/run.h"
 #include "report.h"
 
 namespace tp_native::bench {
@@ -21,6 +22,7 @@ namespace {
 constexpr int64_t kLargestBytes = 256 << 20;
 constexpr const char* kHelp =
     "usage: tpn_microbench [--ranks N] [--sizes A,B,...] [--quick] [--json PATH]\n"
+    "       tpn_microbench --gpu ...      the GPU's kernels; see --gpu --help\n"
     "Times the shared-memory collectives of tp_native between N processes of this host, beside\n"
     "what the hardware allows: flag latency, memcpy, reading lines a peer has written, exchange.\n"
     "Every result is verified. Collectives are timed in producer/consumer mode: a local write of\n"
@@ -240,4 +242,9 @@ int run(int argc, char** argv) {
 }  // namespace
 }  // namespace tp_native::bench
 
-int main(int argc, char** argv) { return tp_native::bench::run(argc, argv); }
+int main(int argc, char** argv) {
+  using namespace tp_native::bench;  // NOLINT
+  for (int i = 1; i < argc; ++i)
+    if (std::string_view(argv[i]) == "--gpu") return gpu::run(argc, argv);
+  return run(argc, argv);
+}

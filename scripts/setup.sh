@@ -56,7 +56,7 @@ extras: $extras"
 
 # Folders are listed too: their times change when a file comes or goes. Python sources are used in place.
 if [ "$(cat "$stamp" 2>/dev/null)" = "$state" ]; then
-  newer=$(find CMakeLists.txt pyproject.toml README.md cmake _build csrc bench/*.cpp bench/*.h \
+  newer=$(find CMakeLists.txt pyproject.toml README.md cmake _build csrc bench/*.cpp bench/*.h bench/gpu \
     scripts/setup.sh -name __pycache__ -prune -o -name '*.pyc' -o -newer "$stamp" -print 2>/dev/null |
     head -n 1)
   if [ -z "$newer" ]; then

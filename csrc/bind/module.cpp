@@ -162,6 +162,12 @@ PYBIND11_MODULE(_C, m) {
       py::arg("peer_bytes"), py::arg("is_gpu_shared"), py::arg("file"), py::arg("wheel_files"),
       py::arg("sockets") = std::vector<int>(), Released());
   m.def(
+      "make_peers",
+      [](int device, const std::shared_ptr<Communicator>& control) {
+        return comm::make_peers(device, control);
+      },
+      py::arg("device"), py::arg("control"), Released());
+  m.def(
       "nccl_library",
       [](const std::string& file, const std::vector<std::string>& wheel_files) {
         const comm::nccl::Api& api = comm::nccl::api({file, wheel_files});

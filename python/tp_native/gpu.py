@@ -65,13 +65,25 @@ def index_in(group: dist.ProcessGroup, config: TensorParallelConfig) -> int:
     )
 
 
-def check_torch() -> None:
+def check_torch(who: str = 'backend "nccl"') -> None:
     """Raise TensorParallelError unless torch can put tensors on a GPU of this machine."""
     if not torch.cuda.is_available():
         raise TensorParallelError(
-            'backend "nccl" needs a GPU and a torch that was built for CUDA; this is torch '
+            f"{who} needs a GPU and a torch that was built for CUDA; this is torch "
             f"{torch.__version__}, and {_C.gpu_status()[1] or 'it does not see the GPU'}"
         )
+
+
+def shared_device(device: torch.device | str) -> torch.device:
+    """The GPU that thread ranks share, with its number.
+
+    Raises: ValueError for a device that is no GPU; TensorParallelError where torch has none.
+    """
+    place = torch.device(device)
+    if place.type != "cuda":
+        raise ValueError(f'device {str(place)!r}: expected a GPU ("cuda:0"), or None for the CPU')
+    check_torch(f"device {str(place)!r}")
+    return torch.device("cuda", torch.cuda.current_device()) if place.index is None else place
 
 
 def on_gpu(config: TensorParallelConfig, index: int | None = None) -> TensorParallelConfig:

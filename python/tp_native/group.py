@@ -331,8 +331,8 @@ class Group:
         finally:
             self.close()
 
-    def init_generator(self) -> torch.Generator | None:
-        """The generator that parameters are drawn from; None: torch's default one.
+    def init_generator(self, device: torch.device) -> torch.Generator | None:
+        """The generator that parameters on ``device`` are drawn from; None: torch's default one.
 
         Thread ranks share torch's, so each has its own here, seeded as ``torch.manual_seed`` last
         said.
@@ -340,8 +340,12 @@ class Group:
         if self.backend != "local":
             return None
         seed = torch.initial_seed()
-        if self._generator is None or seed != self._generator_seed:
-            self._generator = torch.Generator().manual_seed(seed)
+        if (
+            self._generator is None
+            or seed != self._generator_seed
+            or self._generator.device != device
+        ):
+            self._generator = torch.Generator(device).manual_seed(seed)
             self._generator_seed = seed
         return self._generator
 
@@ -609,6 +613,8 @@ def _split_local(base: str, config: TensorParallelConfig, order: Tensor) -> Grou
         if all(c is None for c in made):
             del _local_splits[base]
     assert communicator is not None
+    if config.device.type == "cuda":
+        communicator = _C.make_peers(config.device.index, communicator)
     group = Group(config, communicator, f"{base}@{config.rank}", order=order)
     _C.register(group.name, communicator)
     return group

@@ -57,7 +57,7 @@ class VocabParallelEmbedding(ShardedModule):
             return
         with torch.no_grad():
             full = self.weight.new_empty(self.num_embeddings, self.embedding_dim)
-            full.normal_(generator=self.group.init_generator())
+            full.normal_(generator=self.group.init_generator(full.device))
             if self.padding_idx is not None:
                 full[self.padding_idx] = 0
             self.weight.copy_(self._local("weight", full))

@@ -62,7 +62,7 @@ class _ParallelLinear(ShardedModule):
         """
         if self.weight.is_meta:
             return
-        generator = self.group.init_generator()
+        generator = self.group.init_generator(self.weight.device)
         shape = (self.out_features, self.in_features)
         with torch.no_grad():
             full = self.weight.new_empty(shape)
