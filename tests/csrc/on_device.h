@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "check.h"
+#include "kernels/cuda.h"
 #include "kernels/reduce.h"
 #include "random_values.h"
 
@@ -172,6 +173,10 @@ inline std::vector<int> epilogues() {
 }
 
 inline int run_all_on_device() {
+  if (!cuda::is_built()) {  // both twins were linked, or the wrong one
+    std::printf("FAILED: a build with nvcc has no CUDA kernels\n");
+    return EXIT_FAILURE;
+  }
   // a kernel that is loaded while another rank's spins might wait for it
   setenv("CUDA_MODULE_LOADING", "EAGER", 1);
   int count = 0;
