@@ -411,7 +411,11 @@ class _Process:
             communicator = c10d.join(name, (side or ranks).group_name, config.timeout_s)
         if communicator is not None and side is not None:
             store = PrefixStore(f"tp_native/{name}", c10d.store_of(side))
-            communicator = _put_on_gpus(communicator, config, store)
+            try:
+                communicator = _put_on_gpus(communicator, config, store)
+            except BaseException:
+                c10d.forget(side)
+                raise
         made = Group(config, communicator, name, side=side)
         self.joined[key] = (ranks, made)
         return made
