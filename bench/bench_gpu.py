@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tp_native as tp
-from timing import Timing, _output, environment, write_json
+from timing import Timing, environment, output_of, write_json
 from tp_native import _C, _ops, gpu
 from tp_native.group import Group
 
@@ -39,7 +39,10 @@ HEAD_START_CYCLES = 500_000  # what the host needs to stay ahead of the device
 CALLS = 500  # timed on the host; well below what a stream takes before a launch waits
 REPLAYS = 1000
 PROMPT_ROWS, QUICK_ROWS = (8, 64, 256, 1024, 4096), (8, 1024, 4096)
-K, N = 8192, 3584  # of one rank: CUDA.md's table
+K, N = 8192, 3584  # one rank's share of a large model's MLP
+WIDE_SHAPES = ((4096, 3584, 8192), (4096, 4096, 14336))
+EDGE = 8192
+TOKENS, HIDDEN, INNER = (64, 256), 4096, 16384  # what four GPUs are to share
 
 
 @dataclass(frozen=True)
@@ -263,7 +266,7 @@ def run_epilogues(report: Report, quick: bool) -> None:
     """B1, B2."""
     shapes = [(m, K, N) for m in (QUICK_ROWS if quick else PROMPT_ROWS)]
     if not quick:
-        shapes += [(4096, 3584, 8192), (4096, 4096, 14336)]
+        shapes += WIDE_SHAPES
     with group_of_one("peers") as group:
         for m, k, n in shapes:
             layer = Layer(group, m, k, n)
@@ -302,7 +305,7 @@ def run_epilogues(report: Report, quick: bool) -> None:
 
 def run_square(report: Report, quick: bool) -> None:
     """B3: the relu costs nothing beside the product, and takes our path."""
-    edge = 8192
+    edge = EDGE
     x, w = draw(edge, edge), draw(edge, edge, scale=edge**-0.5)
     exact = F.linear(x[:16].double(), w.double())
     with group_of_one("peers") as group:
@@ -321,8 +324,10 @@ def run_square(report: Report, quick: bool) -> None:
     flop = 2.0 * edge**3
     for name, timing in t.items():
         rate = flop / timing.median_us * 1e-6
-        report.add("GEMM", "8192^3", {name: timing}, tflop_per_s=rate)
-    report.bar("B3", "8192^3: our rate over torch's", ratio(t["torch"], t["ours"]), at_least=0.95)
+        report.add("GEMM", f"{edge}^3", {name: timing}, tflop_per_s=rate)
+    report.bar(
+        "B3", f"{edge}^3: our rate over torch's", ratio(t["torch"], t["ours"]), at_least=0.95
+    )
 
 
 def compile_or_none(fn: Callable[..., Tensor], *args: Tensor) -> Callable[..., Tensor] | None:
@@ -501,21 +506,21 @@ def run_capture(report: Report, quick: bool) -> None:
 
 
 def run_share(report: Report, quick: bool) -> None:
-    """The part of one of four ranks: 64 x 256 tokens, 4096 -> 16384 features."""
+    """The part of one of four ranks."""
+    local = INNER // 4
     for dtype in (KIND, torch.float32):
         torch.cuda.empty_cache()
         held = torch.cuda.memory_allocated()
-        x = torch.randn(64, 256, 4096, device=GPU, dtype=dtype)
-        w = torch.randn(4096, 4096, device=GPU, dtype=dtype) / 64
-        bias = torch.randn(4096, device=GPU, dtype=dtype)
-        exact = F.linear(x.view(-1, 4096)[:16].double(), w.double(), bias.double())
-        name = str(dtype).removeprefix("torch.")
+        x = torch.randn(*TOKENS, HIDDEN, device=GPU, dtype=dtype)
+        w = torch.randn(local, HIDDEN, device=GPU, dtype=dtype) * HIDDEN**-0.5
+        bias = torch.randn(local, device=GPU, dtype=dtype)
+        exact = F.linear(x.flatten(0, 1)[:16].double(), w.double(), bias.double())
         with torch.inference_mode(), group_of_one("peers") as group:
-            cut = (group.order, [4096], group.name)
+            cut = (group.order, [local], group.name)
             case = Case(
                 "ours",
                 lambda _, x=x, w=w, b=bias, cut=cut: _ops.column_parallel_linear(x, w, b, *cut),
-                lambda y, exact=exact: check_close(y.view(-1, 4096), exact),
+                lambda y, exact=exact: check_close(y.flatten(0, 1), exact),
             )
             torch.cuda.reset_peak_memory_stats()
             y = case.run(0)
@@ -523,7 +528,8 @@ def run_share(report: Report, quick: bool) -> None:
             peak = torch.cuda.max_memory_allocated() - held
             del y
             t = measure([case], report.rounds)
-        what = f"a quarter of 64 x 256 x 4096 -> 16384, {name}"
+        sizes = " x ".join(str(n) for n in (*TOKENS, HIDDEN))
+        what = f"a quarter of {sizes} -> {INNER}, {str(dtype).removeprefix('torch.')}"
         report.add("share", what, t, peak_bytes=peak)
         report.bar("share", f"{what}: ms", t["ours"].median_us * 1e-3, at_most=10.0)
         report.bar("share", f"{what}: peak GB", peak * 1e-9, at_most=2.0)
@@ -545,7 +551,7 @@ PARTS: dict[str, Callable[[Report, bool], None]] = {
 
 def gpu_environment() -> dict[str, Any]:
     properties = torch.cuda.get_device_properties(GPU)
-    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "gpu": properties.name,
         "multiprocessors": properties.multi_processor_count,

@@ -223,7 +223,7 @@ def pin_rank(group: tp.Group) -> None:
         os.sched_setaffinity(0, {cores[group.rank]})
 
 
-def _output(*command: str) -> str:
+def output_of(*command: str) -> str:
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
@@ -243,8 +243,10 @@ def environment() -> dict[str, Any]:
     """What a figure depends on: commit, versions, CPU, flags."""
     wide = ("avx2", "avx512", "amx", "avx_vnni")
     return {
-        "commit": _output("git", "rev-parse", "HEAD") or "unknown",
-        "has_local_changes": bool(_output("git", "status", "--porcelain", "--", "csrc", "python")),
+        "commit": output_of("git", "rev-parse", "HEAD") or "unknown",
+        "has_local_changes": bool(
+            output_of("git", "status", "--porcelain", "--", "csrc", "python")
+        ),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         # of paths the last part: where they lie is no one's business
         "command": [Path(word).name if Path(word).is_absolute() else word for word in sys.argv],

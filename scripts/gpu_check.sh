@@ -50,23 +50,36 @@ run_build() {
   return "$status"
 }
 
-# Those that need no GPU are .ci/run's.
+# Those that need no GPU are .ci/run's. A test that is skipped beside a GPU lacks something else: a failure.
 run_ctest() {
+  out=build/gpu-check/ctest.txt
+  status=0
   LD_LIBRARY_PATH=$FOLDERS${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH} \
-    ctest --test-dir build/csrc --output-on-failure -R '_gpu$|^test_cuda_'
+    ctest --test-dir build/csrc --output-on-failure -R '_gpu$|^test_cuda_' > "$out" 2>&1 || status=$?
+  cat "$out"
+  [ "$status" -eq 0 ] || return "$status"
+  if grep -q '\*\*\*Skipped' "$out"; then
+    echo "skipped: $(sed -n 's/.*Test *#[0-9]*: \([^ ]*\) .*Skipped.*/\1/p' "$out" | paste -sd ' ' -)"
+    if [ "$DEVICE" = none ]; then return 77; fi
+    return 1
+  fi
 }
 
-# The limit of a test is its own: pytest-timeout may not be there, and --strict-config would then object.
+# addopts and their --strict-config: pytest-timeout, which has a setting here, may not be on the machine.
 run_pytest() {
+  out=build/gpu-check/pytest.txt
   status=0
-  "$PY" -m pytest -o addopts= -p no:cacheprovider -ra -q --tb=short -o faulthandler_timeout=90 -m cuda tests/test_cuda.py || status=$?
-  return "$status"
+  "$PY" -m pytest -o addopts= -p no:cacheprovider -ra -q --tb=short -o faulthandler_timeout=90 -m cuda \
+    tests/test_cuda.py > "$out" 2>&1 || status=$?
+  cat "$out"
+  [ "$status" -eq 0 ] || return "$status"
+  if ! grep -q ' passed' "$out"; then return 77; fi
 }
 
 run_microbench() {
-  "$(tool_of_package)" --gpu --libraries "$FOLDERS" --commit "$COMMIT" --json "$RESULTS/microbench_gpu_$DEVICE.json"
+  build/csrc/tpn_microbench --gpu --libraries "$FOLDERS" --commit "$COMMIT" \
+    --json "$RESULTS/microbench_gpu_$DEVICE.json"
 }
-tool_of_package() { echo build/csrc/tpn_microbench; }
 
 run_bench() {
   "$PY" bench/bench_gpu.py --commit "$COMMIT" --json "$RESULTS/gpu_$DEVICE.json"

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
+import shutil
 import subprocess
 import sys
 import sysconfig
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import tp_native as tp
+from tp_native import _C
+from tp_native.group import Group
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -194,3 +201,120 @@ def test_bench_overhead_subtracts_native_time(microbench: Path, tmp_path: Path) 
         assert over["best_us"] == pytest.approx(times[name]["best_us"] - native)
         assert over["at_most_us"] == at_most
         assert over["passes"] == (over["best_us"] <= at_most)
+
+
+class OnTheCpu:
+    """What bench_gpu asks of torch.cuda, where there is none; times are made up."""
+
+    def __init__(self, bench_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.bench_gpu, self.names = bench_gpu, []
+        stream = type("Stream", (), {"wait_stream": lambda *_: None})
+        properties = type("Properties", (), {"L2_cache_size": 1 << 12})
+        for name, value in {
+            "get_device_properties": lambda *_: properties,
+            "synchronize": lambda: None,
+            "empty_cache": lambda: None,
+            "memory_allocated": lambda: 0,
+            "max_memory_allocated": lambda: 1 << 20,
+            "reset_peak_memory_stats": lambda: None,
+            "Stream": stream,
+            "current_stream": stream,
+            "stream": lambda _: contextlib.nullcontext(),
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        small = {"GPU": torch.device("cpu"), "K": 48, "N": 32, "EDGE": 64, "REPLAYS": 3}
+        small |= {"WIDE_SHAPES": ((64, 32, 48),), "TOKENS": (2, 3), "HIDDEN": 16, "INNER": 32}
+        for name, value in {**small, "measure": self.measure, "measure_host": self.measure}.items():
+            monkeypatch.setattr(bench_gpu, name, value)
+        monkeypatch.setattr(bench_gpu, "group_of_one", self.group_of_one)
+        monkeypatch.setattr(bench_gpu, "compile_or_none", lambda fn, *_: fn)
+
+    def measure(self, cases: list[Any], rounds: Any, in_graph: bool = False) -> dict[str, Any]:
+        for case in cases:
+            self.bench_gpu.verify(case)
+            case.run(1)
+        self.names += [case.name for case in cases]
+        timing = importlib.import_module("timing").Timing
+        return {case.name: timing.of([3.0, 2.0, 4.0]) for case in cases}
+
+    @contextlib.contextmanager
+    def group_of_one(self, over: str) -> Iterator[Any]:
+        communicator = _C.make_local(f"tp:bench:{over}", 1, 5.0)[0]
+        group = Group(tp.TensorParallelConfig(backend="local"), communicator, communicator.name)
+        _C.register(group.name, communicator)
+        with group:
+            yield group
+
+
+@pytest.mark.parametrize(
+    "part", ["share", "epilogues", "square", "swiglu", "backward", "host_linear"]
+)
+def test_bench_gpus_parts_compute_what_they_compare(
+    bench_modules: None, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    bench_gpu = importlib.import_module("bench_gpu")
+    stand_in = OnTheCpu(bench_gpu, monkeypatch)
+    report = bench_gpu.Report(bench_gpu.Rounds.quick())
+    monkeypatch.setattr(bench_gpu, "run_host_all_reduce", lambda report: None)
+    getattr(bench_gpu, f"run_{part.removesuffix('_linear')}")(report, False)
+    assert "ours" in stand_in.names
+    assert report.rows and report.bars and all(row["verified"] for row in report.rows)
+    for bar in report.bars:
+        limit = bar.get("at_most", bar.get("at_least"))
+        assert bar["reached"] == (
+            bar["figure"] <= limit if "at_most" in bar else bar["figure"] >= limit
+        )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+@pytest.mark.parametrize("command", ["bench_gpu", "microbench"])
+def test_without_a_gpu_there_is_one_line(microbench: Path, command: str) -> None:
+    script = [sys.executable, BENCH / "bench_gpu.py"]
+    done = run(*(script if command == "bench_gpu" else [microbench, "--gpu"]))
+    assert done.returncode == 77
+    assert done.stdout == ""
+    assert "skipped: " in done.stderr and done.stderr.count("\n") == 1
+
+
+STEPS = """
+set -eu
+STEPS_DEADLINE=$(($(date +%s) + {time_s})) STEPS_LOGS={logs}
+. {scripts}/steps.sh
+step good 9 echo fine
+step bad 9 sh -c 'echo why; exit 3'
+step absent 9 sh -c 'echo no such thing here; exit 77'
+step slow 1 sh -c 'echo begun; sleep 60'
+steps_end
+"""
+
+
+def test_steps_say_what_became_of_each(tmp_path: Path) -> None:
+    script = STEPS.format(time_s=60, logs=tmp_path, scripts=BENCH.parent / "scripts")
+    start = time.monotonic()
+    done = run("sh", "-c", script)
+    assert time.monotonic() - start < 20
+    assert done.returncode == 1
+    table = {line.split()[0]: line for line in done.stdout.splitlines()[-4:]}
+    assert " passed " in table["good"]
+    assert " failed " in table["bad"] and "status 3" in table["bad"]
+    assert " skipped " in table["absent"] and "no such thing here" in table["absent"]
+    assert " failed " in table["slow"] and "stopped after its 1 s; last: begun" in table["slow"]
+    assert (tmp_path / "bad.log").read_text() == "why\n"
+
+
+def test_steps_that_all_pass_are_a_success_and_a_late_one_is_a_failure(tmp_path: Path) -> None:
+    script = STEPS.format(time_s=60, logs=tmp_path, scripts=BENCH.parent / "scripts")
+    good = [line for line in script.splitlines() if not line.startswith("step ") or "good" in line]
+    assert run("sh", "-c", "\n".join(good)).returncode == 0
+    late = [line.replace("+ 60", "+ 0") for line in good]
+    done = run("sh", "-c", "\n".join(late))
+    assert done.returncode == 1 and "no time was left for it" in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine has a GPU")
+def test_gpu_check_without_a_gpu_is_one_line_and_a_failure() -> None:
+    done = run("sh", BENCH.parent / "scripts" / "gpu_check.sh")
+    assert done.returncode == 1
+    assert done.stderr == (
+        "gpu-check: no NVIDIA GPU on this machine; this target runs the device tests\n"
+    )

@@ -156,6 +156,55 @@ def works_like_a_group(group: Group) -> None:
         group.renew()
 
 
+OVER_PEERS = """
+import sys, threading
+import tp_native as tp
+from tp_native import _C
+
+_C.use_driver(sys.argv[1] + "/libfake_cuda.so")
+controls = _C.make_local("tp:peers", 2, 5.0)
+made, told = [None, None], [None, None]
+
+def start(rank):
+    try:
+        made[rank] = _C.make_peers(0, controls[rank])
+        made[rank].barrier(0.0)
+        if rank == 0:
+            made[0].abort("enough")
+        while True:
+            made[rank].check()
+    except tp.TensorParallelError as error:
+        told[rank] = str(error)
+
+threads = [threading.Thread(target=start, args=(rank,)) for rank in range(2)]
+[thread.start() for thread in threads]
+[thread.join() for thread in threads]
+expected = "rank 0 aborted the group: enough" if _C.has_cuda_kernels() else "has no CUDA kernels"
+assert all(expected in text for text in told), told
+[c.close() for c in made if c]
+"""
+
+
+@needs_doubles
+def test_thread_ranks_meet_on_one_gpu() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", OVER_PEERS, str(DOUBLES)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_simulate_refuses_a_device_that_ranks_cannot_share() -> None:
+    with pytest.raises(ValueError, match="device 'cpu': expected a GPU"):
+        tp.simulate(print, 2, device="cpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(tp.TensorParallelError, match="device 'cuda:0' needs a GPU"):
+            tp.simulate(print, 2, device="cuda:0")
+
+
 @pytest.mark.skipif(
     not gpu.wheel_files("nccl", "libnccl.so.2"), reason="no nvidia-nccl wheel is installed"
 )
