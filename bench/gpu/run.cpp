@@ -127,7 +127,7 @@ int run(int argc, char** argv) {
   try {
     const Options options = parse(argc, argv);
     std::string why;
-    cublaslt::search_in(options.libraries);
+    if (!options.libraries.empty()) cublaslt::search_in(options.libraries);
     if (!cuda::is_available(why) || !cublaslt::is_available(why)) {
       std::fprintf(stderr, "tpn_microbench --gpu: skipped: %s\n", why.c_str());
       return kSkipped;
