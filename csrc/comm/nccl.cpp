@@ -6,6 +6,7 @@
 
 #include "comm/backends.h"
 #include "comm/host_board.h"
+#include "comm/introduction.h"
 #include "comm/nccl_communicator.h"
 #include "comm/signature.h"
 #include "core/callbacks.h"
@@ -51,25 +52,8 @@ Hello introduce(const Identity& identity, const NcclOptions& options) {
   return hello;
 }
 
-std::vector<Hello> exchange(Communicator& control, const Hello& mine) {
-  const auto size = static_cast<size_t>(control.identity().size);
-  std::vector<Hello> all(size);
-  const std::vector<int64_t> columns(size, sizeof(Hello));
-  const int64_t shape[] = {static_cast<int64_t>(size * sizeof(Hello))};
-  control.all_gather({.op = OpCode::kInit, .shape = shape}, &mine, all.data(), 1, columns, {});
-  for (Hello& hello : all) {
-    hello.bus_id[sizeof(hello.bus_id) - 1] = '\0';
-    hello.error[sizeof(hello.error) - 1] = '\0';
-  }
-  return all;
-}
-
 void check(const std::vector<Hello>& ranks, bool is_gpu_shared) {
-  std::string errors;
-  for (size_t r = 0; r < ranks.size(); ++r) {
-    if (ranks[r].error[0] != '\0')
-      errors += concat(errors.empty() ? "" : "; ", "rank ", r, ": ", ranks[r].error);
-  }
+  const std::string errors = errors_of(ranks);
   TPN_CHECK(errors.empty(), "backend \"nccl\" cannot start: ", errors);
   for (size_t r = 1; r < ranks.size(); ++r) {
     TPN_CHECK(ranks[r].version == ranks[0].version, "rank ", r, " has NCCL ",
@@ -97,7 +81,8 @@ std::shared_ptr<Communicator> make_nccl(const NcclOptions& options,
                                         std::shared_ptr<Board> board) {
   Identity identity = control->identity();
   control->barrier(options.init_timeout_s, {});  // all have come: the rest takes no time
-  const std::vector<Hello> ranks = exchange(*control, introduce(identity, options));
+  std::vector<Hello> ranks = introduce_all(*control, introduce(identity, options));
+  for (Hello& rank : ranks) rank.bus_id[sizeof(rank.bus_id) - 1] = '\0';
   check(ranks, options.is_gpu_shared);
   std::unique_ptr<PeerMemory> peers;
   if (options.peer_bytes > 0 && kernels::cuda::is_built() && identity.size > 1)

@@ -358,58 +358,46 @@ void NcclCommunicator::reduce_scatter(const Signature& s, const void* in, void* 
   });
 }
 
-void NcclCommunicator::gather(const Signature& s, const void* in, void* out,
-                              std::span<const int64_t> counts, Stream stream) {
+/// Every rank's part between it and the root's whole, there (gather) or back (scatter).
+void NcclCommunicator::move_parts(const Signature& s, char* whole, char* part,
+                                  std::span<const int64_t> counts, bool is_gather, Stream stream) {
   const std::vector<int64_t> bytes = times(counts, static_cast<int64_t>(item_bytes(s.dtype)));
   const int64_t mine = bytes[identity_.rank];
   launch(s, mine, stream, [&](cuda::StreamHandle on) {
-    const bool is_root = identity_.rank == s.root;
     if (total(bytes) == 0) return;
+    const bool is_root = identity_.rank == s.root;
     grouped([&](nccl::Handle h) {
-      int result = nccl::kSuccess;
-      if (!is_root)
-        return mine == 0 ? result
-                         : api_.Send(in, static_cast<size_t>(mine), nccl::kBytes, s.root, h, on);
-      char* to = static_cast<char*>(out);
-      for (int r = 0; r < identity_.size; to += bytes[r++]) {
-        if (r == s.root || bytes[r] == 0) continue;
-        result = api_.Recv(to, static_cast<size_t>(bytes[r]), nccl::kBytes, r, h, on);
+      const auto move = [&](char* data, int64_t n, int peer, bool sends) {
+        if (n == 0) return static_cast<int>(nccl::kSuccess);
+        const auto size = static_cast<size_t>(n);
+        return sends ? api_.Send(data, size, nccl::kBytes, peer, h, on)
+                     : api_.Recv(data, size, nccl::kBytes, peer, h, on);
+      };
+      if (!is_root) return move(part, mine, s.root, is_gather);
+      char* at = whole;
+      for (int r = 0; r < identity_.size; at += bytes[r++]) {
+        if (r == s.root) continue;
+        const int result = move(at, bytes[r], r, !is_gather);
         if (result != nccl::kSuccess && result != nccl::kInProgress) return result;
       }
       return static_cast<int>(nccl::kSuccess);
     });
-    if (is_root) {
-      const int64_t before = total(std::span(bytes).first(static_cast<size_t>(s.root)));
-      cuda::copy(static_cast<char*>(out) + before, in, mine, on);
-    }
+    if (!is_root) return;
+    char* const own = whole + total(std::span(bytes).first(static_cast<size_t>(s.root)));
+    cuda::copy(is_gather ? own : part, is_gather ? part : own, mine, on);
   });
+}
+
+void NcclCommunicator::gather(const Signature& s, const void* in, void* out,
+                              std::span<const int64_t> counts, Stream stream) {
+  move_parts(s, static_cast<char*>(out), static_cast<char*>(const_cast<void*>(in)), counts, true,
+             stream);
 }
 
 void NcclCommunicator::scatter(const Signature& s, const void* in, void* out,
                                std::span<const int64_t> counts, Stream stream) {
-  const std::vector<int64_t> bytes = times(counts, static_cast<int64_t>(item_bytes(s.dtype)));
-  const int64_t mine = bytes[identity_.rank];
-  launch(s, mine, stream, [&](cuda::StreamHandle on) {
-    const bool is_root = identity_.rank == s.root;
-    if (total(bytes) == 0) return;
-    grouped([&](nccl::Handle h) {
-      int result = nccl::kSuccess;
-      if (!is_root)
-        return mine == 0 ? result
-                         : api_.Recv(out, static_cast<size_t>(mine), nccl::kBytes, s.root, h, on);
-      const char* from = static_cast<const char*>(in);
-      for (int r = 0; r < identity_.size; from += bytes[r++]) {
-        if (r == s.root || bytes[r] == 0) continue;
-        result = api_.Send(from, static_cast<size_t>(bytes[r]), nccl::kBytes, r, h, on);
-        if (result != nccl::kSuccess && result != nccl::kInProgress) return result;
-      }
-      return static_cast<int>(nccl::kSuccess);
-    });
-    if (is_root) {
-      const int64_t before = total(std::span(bytes).first(static_cast<size_t>(s.root)));
-      cuda::copy(out, static_cast<const char*>(in) + before, mine, on);
-    }
-  });
+  move_parts(s, static_cast<char*>(const_cast<void*>(in)), static_cast<char*>(out), counts, false,
+             stream);
 }
 
 void NcclCommunicator::broadcast(const Signature& s, void* data, int64_t count, Stream stream) {

@@ -59,6 +59,8 @@ class NcclCommunicator final : public DeviceCommunicator {
                        const Epilogue& epilogue, cuda::StreamHandle stream);
   void unregister(void* registration) noexcept;
   [[noreturn]] void fail_call(const char* name, int result);
+  void move_parts(const Signature& s, char* whole, char* part, std::span<const int64_t> counts,
+                  bool is_gather, Stream stream);
   void gather_blocks(const void* in, char* out, std::span<const int64_t> bytes,
                      cuda::StreamHandle stream);
 

@@ -5,6 +5,7 @@
 
 #include <atomic>
 
+#include "comm/introduction.h"
 #include "core/callbacks.h"
 
 namespace tp_native::comm {
@@ -17,21 +18,6 @@ struct PeerMemory::Introduction {
   char error[400] = "";
 };
 
-namespace {
-
-template <class T>
-std::vector<T> exchange(Communicator& control, const T& mine) {
-  static_assert(std::is_trivially_copyable_v<T>);
-  const auto size = static_cast<size_t>(control.identity().size);
-  std::vector<T> all(size);
-  const std::vector<int64_t> columns(size, sizeof(T));
-  const int64_t shape[] = {static_cast<int64_t>(size * sizeof(T))};
-  control.all_gather({.op = OpCode::kInit, .shape = shape}, &mine, all.data(), 1, columns, {});
-  return all;
-}
-
-}  // namespace
-
 PeerMemory::PeerMemory(const cuda::Device& device, Communicator& control, int64_t payload_bytes)
     : device_(device), payload_bytes_(payload_bytes) {
   const Identity& self = control.identity();
@@ -41,14 +27,8 @@ PeerMemory::PeerMemory(const cuda::Device& device, Communicator& control, int64_
   peers_.size = self.size;
   peers_.buffer_bytes = kernels::cuda::staged_bytes(payload_bytes);
   const cuda::Current current(device_);
-  std::vector<Introduction> ranks = exchange(control, introduce());
-  std::string errors;
-  const auto note = [&](size_t rank, Introduction& said) {
-    said.error[sizeof(said.error) - 1] = '\0';
-    if (said.error[0] != '\0')
-      errors += concat(errors.empty() ? "" : "; ", "rank ", rank, ": ", said.error);
-  };
-  for (size_t r = 0; r < ranks.size(); ++r) note(r, ranks[r]);
+  const std::vector<Introduction> ranks = introduce_all(control, introduce());
+  std::string errors = errors_of(ranks);
   Introduction opened;
   if (errors.empty()) {
     const PlainErrors plain;
@@ -68,8 +48,8 @@ PeerMemory::PeerMemory(const cuda::Device& device, Communicator& control, int64_
       copy_text(opened.error, error.what());
     }
   }
-  ranks = exchange(control, opened);  // nobody goes on before all have opened
-  for (size_t r = 0; r < ranks.size(); ++r) note(r, ranks[r]);
+  const std::string others = errors_of(introduce_all(control, opened));  // all have opened
+  if (errors.empty()) errors = others;
   if (errors.empty()) return;
   give_back();
   fail(concat("the ranks cannot reach each other's GPU memory: ", errors));
