@@ -46,7 +46,8 @@ def test_nccl_without_a_gpu_is_refused_before_anybody_waits() -> None:
         tp.init_tensor_parallel("nccl")
 
 
-OVER_NCCL = """
+# two thread ranks, one of which ends the group; `make` is told later
+TWO_RANKS = """
 import sys, threading
 import tp_native as tp
 from tp_native import _C
@@ -56,9 +57,9 @@ assert _C.gpu_status() == (True, "") and _C.is_available("nccl")
 controls = _C.make_local("tp:gpu", 2, 5.0)
 made, told = [None, None], [None, None]
 
-def start(rank, nccl=sys.argv[1] + "/libfake_nccl.so"):
+def start(rank):
     try:
-        made[rank] = _C.make_nccl(controls[rank], rank, 5.0, 0, 0, False, nccl, [])
+        made[rank] = make(controls[rank], rank)
         made[rank].barrier(0.0)
         if rank == 0:
             made[0].abort("enough")
@@ -67,9 +68,16 @@ def start(rank, nccl=sys.argv[1] + "/libfake_nccl.so"):
     except tp.TensorParallelError as error:
         told[rank] = str(error)
 
-threads = [threading.Thread(target=start, args=(rank,)) for rank in range(2)]
-[thread.start() for thread in threads]
-[thread.join() for thread in threads]
+def run():
+    threads = [threading.Thread(target=start, args=(rank,)) for rank in range(2)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+"""
+
+OVER_NCCL = """
+nccl = sys.argv[1] + "/libfake_nccl.so"
+make = lambda control, rank: _C.make_nccl(control, rank, 5.0, 0, 0, False, nccl, [])
+run()
 assert all("rank 0 aborted the group: enough" in text for text in told), told
 assert [c.backend for c in made] == ["nccl"] * 2 and made[0].name == "tp:gpu"
 assert [line[1] for line in made[1].op_log()] == ["init", "barrier"]
@@ -89,7 +97,7 @@ def test_a_group_over_nccl_in_python() -> None:
     if not (DOUBLES / "libfake_nccl.so").exists():
         pytest.skip("the C++ tests' doubles are not built: make ctest")
     ran = subprocess.run(
-        [sys.executable, "-c", OVER_NCCL, str(DOUBLES)],
+        [sys.executable, "-c", TWO_RANKS + OVER_NCCL, str(DOUBLES)],
         capture_output=True,
         text=True,
         timeout=60,
@@ -100,28 +108,8 @@ def test_a_group_over_nccl_in_python() -> None:
 
 
 OVER_PEERS = """
-import sys, threading
-import tp_native as tp
-from tp_native import _C
-
-_C.use_driver(sys.argv[1] + "/libfake_cuda.so")
-controls = _C.make_local("tp:peers", 2, 5.0)
-made, told = [None, None], [None, None]
-
-def start(rank):
-    try:
-        made[rank] = _C.make_peers(0, controls[rank])
-        made[rank].barrier(0.0)
-        if rank == 0:
-            made[0].abort("enough")
-        while True:
-            made[rank].check()
-    except tp.TensorParallelError as error:
-        told[rank] = str(error)
-
-threads = [threading.Thread(target=start, args=(rank,)) for rank in range(2)]
-[thread.start() for thread in threads]
-[thread.join() for thread in threads]
+make = lambda control, rank: _C.make_peers(0, control)
+run()
 expected = "rank 0 aborted the group: enough" if _C.has_cuda_kernels() else "has no CUDA kernels"
 assert all(expected in text for text in told), told
 [c.close() for c in made if c]
@@ -132,7 +120,7 @@ def test_thread_ranks_meet_on_one_gpu() -> None:
     if not (DOUBLES / "libfake_cuda.so").exists():
         pytest.skip("the C++ tests' doubles are not built: make ctest")
     ran = subprocess.run(
-        [sys.executable, "-c", OVER_PEERS, str(DOUBLES)],
+        [sys.executable, "-c", TWO_RANKS + OVER_PEERS, str(DOUBLES)],
         capture_output=True,
         text=True,
         timeout=60,
