@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import tp_native as tp
 from harness import World, has_met
@@ -27,8 +27,9 @@ from test_collectives import (
     replicated_bits,
 )
 from test_faults import call, check_kill, child_after_fork, interrupted
+from test_gpu import DOUBLES, needs_doubles, pretend_gpus, works_like_a_group
 from test_nn import adds_and_normalises
-from tp_native import c10d
+from tp_native import c10d, gpu
 from tp_native.config import TensorParallelConfig
 from tp_native.group import Group
 
@@ -429,6 +430,35 @@ def test_ctrl_c_ends_a_wait_and_tells_the_peers_and_the_ranks_end() -> None:
         world.signal(0, signal.SIGINT)
         assert world.results(20)[0] == "interrupted"
         assert world.stop() == [0, 0]  # no transfer that still waits keeps a process
+    finally:
+        world.kill()
+
+
+def works_over_a_process_group(group: Group, folder: str) -> None:
+    gpu.is_nccl_for_gpus = lambda backends: True
+    plain = tp.current_group(dist.new_group())
+    assert plain.backend == "c10d" and plain.all_reduce_(torch.ones(1)).item() == group.size
+    plain.close()  # no rank had a GPU
+    pretend_gpus(folder)
+    ranks = dist.new_group()
+    before = len(dist.distributed_c10d._world.pg_map)
+    mesh = DeviceMesh.from_group(ranks, "cpu")
+    for _ in range(2):
+        made = tp.current_group(ranks)
+        works_like_a_group(made)
+        assert made is tp.current_group(ranks) is not group
+        assert tp.current_group(mesh).backend == "c10d"  # it says so
+        assert len(dist.distributed_c10d._world.pg_map) == before + 1  # the one beside it
+        made.close()
+        assert len(dist.distributed_c10d._world.pg_map) == before
+        group.barrier()
+
+
+@needs_doubles
+def test_a_process_group_over_nccl_is_a_group_on_gpus() -> None:
+    world = world_over_gloo(2)
+    try:
+        world.run(works_over_a_process_group, str(DOUBLES))
     finally:
         world.kill()
 

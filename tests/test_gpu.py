@@ -5,9 +5,11 @@ libraries where there is no GPU.
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +17,14 @@ import torch
 
 import tp_native as tp
 from tp_native import _C, gpu
+from tp_native.group import Group
 
 ROOT = Path(__file__).parents[1]
 DOUBLES = ROOT / "build" / "csrc" / "doubles"
+needs_doubles = pytest.mark.skipif(
+    not (DOUBLES / "libfake_nccl.so").exists(),
+    reason="the C++ tests' doubles are not built: make ctest",
+)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +51,34 @@ def test_ranks_that_ask_for_different_backends_are_told() -> None:
 def test_nccl_without_a_gpu_is_refused_before_anybody_waits() -> None:
     with pytest.raises(tp.TensorParallelError, match=r'"nccl" needs a GPU and a torch .* for CUDA'):
         tp.init_tensor_parallel("nccl")
+
+
+@pytest.mark.parametrize(
+    ("backends", "is_nccl"),
+    [
+        ("nccl", True),
+        ("cuda:nccl", True),
+        ("cpu:gloo,cuda:nccl", True),
+        ("CPU:GLOO,CUDA:NCCL", True),
+        ("gloo", False),
+        ("cpu:gloo,cuda:gloo", False),
+        ("cpu:nccl", False),
+        ("cuda:ucc", False),
+        ("", False),
+    ],
+)
+def test_a_process_groups_backend_for_gpus_is_found(backends: str, is_nccl: bool) -> None:
+    assert gpu.is_nccl_for_gpus(backends) is is_nccl
+
+
+@pytest.mark.parametrize(
+    ("bound", "current", "local_rank", "count", "expected"),
+    [(3, 1, 2, 8, 3), (0, 1, 2, 8, 0), (None, 5, 2, 8, 5), (None, 0, 2, 8, 2), (None, 0, 2, 1, 0)],
+)
+def test_the_gpu_of_a_process_groups_rank(
+    bound: int | None, current: int, local_rank: int, count: int, expected: int
+) -> None:
+    assert gpu.device_of(bound, current, local_rank, count) == expected
 
 
 # two thread ranks, one of which ends the group; `make` is told later
@@ -93,9 +128,8 @@ except tp.TensorParallelError as error:
 """
 
 
+@needs_doubles
 def test_a_group_over_nccl_in_python() -> None:
-    if not (DOUBLES / "libfake_nccl.so").exists():
-        pytest.skip("the C++ tests' doubles are not built: make ctest")
     ran = subprocess.run(
         [sys.executable, "-c", TWO_RANKS + OVER_NCCL, str(DOUBLES)],
         capture_output=True,
@@ -107,6 +141,29 @@ def test_a_group_over_nccl_in_python() -> None:
     assert "did not come within 1 s" in ran.stdout  # rank 0 alone waits for its deadline only
 
 
+def pretend_gpus(folder: str) -> None:
+    """This process is on GPU 0 of the doubles, and torch has its tensors on the CPU."""
+    _C.use_driver(f"{folder}/libfake_cuda.so")
+    os.environ.update(TP_NATIVE_NCCL_PATH=f"{folder}/libfake_nccl.so", NCCL_HOSTID=str(os.getpid()))
+    gpu.offer_of = lambda backend, config: f"{backend} cuda"
+    gpu.check_torch = lambda: None
+    gpu.is_nccl_for_gpus = lambda backends: True
+    gpu.index_in = lambda group, config: 0
+    gpu.on_gpu = lambda config, index=None: replace(
+        config, backend="nccl", device=torch.device("cpu", 0)
+    )
+
+
+def works_like_a_group(group: Group) -> None:
+    assert group.backend == "nccl"
+    for _ in range(3):
+        group.barrier()
+    group.check()
+    assert [line[:2] for line in group.op_log()][1:] == [(n, "barrier") for n in (4, 5, 6)]
+    with pytest.raises(ValueError, match="cannot be made anew; only one whose ranks share a host"):
+        group.renew()
+
+
 OVER_PEERS = """
 make = lambda control, rank: _C.make_peers(0, control)
 run()
@@ -116,9 +173,8 @@ assert all(expected in text for text in told), told
 """
 
 
+@needs_doubles
 def test_thread_ranks_meet_on_one_gpu() -> None:
-    if not (DOUBLES / "libfake_cuda.so").exists():
-        pytest.skip("the C++ tests' doubles are not built: make ctest")
     ran = subprocess.run(
         [sys.executable, "-c", TWO_RANKS + OVER_PEERS, str(DOUBLES)],
         capture_output=True,

@@ -20,6 +20,7 @@ from oracle import rank_data, reduce_in_rank_order
 from test_c10d import free_port
 from test_collectives import gathers_and_scatters
 from test_faults import check_kill
+from test_gpu import DOUBLES, needs_doubles, pretend_gpus, works_like_a_group
 from test_nn import adds_and_normalises
 from tp_native.group import Group
 
@@ -181,5 +182,60 @@ def test_two_network_namespaces_compute_and_name_a_rank_killed_on_the_other(
         found = world.run(works_over_hosts, [2, 2])
         assert all(f == found[0] for f in found)
         check_kill(world, 3)
+    finally:
+        world.kill()
+
+
+def remakes_itself_on_gpus(group: Group, folder: str) -> None:
+    pretend_gpus(folder)
+    group.close()
+    made = tp.init_tensor_parallel("auto")
+    works_like_a_group(made)
+    made.close()
+    tp.init_tensor_parallel("nccl").barrier()
+
+
+def waits_for_a_failure(group: Group) -> None:
+    made = tp.current_group()
+    assert made.backend == "nccl"
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        made.check()
+        time.sleep(0.001)
+
+
+def check_gpus(world: World) -> None:
+    """Ranks over NCCL's double, of which the last is killed."""
+    world.run(remakes_itself_on_gpus, str(DOUBLES))
+    world.start(waits_for_a_failure)
+    time.sleep(0.3)
+    last = world.size - 1
+    world.signal(last, signal.SIGKILL)
+    start = time.monotonic()
+    for outcome in world.outcomes(20)[:-1]:
+        assert outcome is not None and isinstance(outcome.error, tp.PeerLostError), outcome
+        assert outcome.error.peer == last and outcome.at - start < 2
+
+
+@needs_doubles
+@pytest.mark.parametrize("sizes", [[1, 1], [1, 2]])
+def test_ranks_of_several_hosts_on_gpus_name_one_that_dies(sizes: list[int]) -> None:
+    world = world_of_hosts(sizes)
+    try:
+        check_gpus(world)
+    finally:
+        world.kill()
+
+
+@needs_doubles
+def test_gpus_in_two_network_namespaces_are_linked_over_the_cable(
+    cable: list[list[str]],
+) -> None:
+    env = host_env([2, 1], MASTER_ADDR="10.77.0.1", MASTER_PORT="29400", GROUP_RANK="")
+    for rank in range(3):
+        env[rank]["GLOO_SOCKET_IFNAME"] = f"tpn{rank // 2}"
+    world = World(3, env=env, prefixes=[cable[rank // 2] for rank in range(3)])
+    try:
+        check_gpus(world)
     finally:
         world.kill()

@@ -31,6 +31,7 @@ PYTHON = [
     {"_native"},
     {"_ops", "shm", "gpu"},
     {"c10d"},
+    {"links"},
     {"group"},
     {"collectives", "simulate"},
     {"agreement"},

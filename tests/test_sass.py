@@ -18,6 +18,9 @@ ROOT = Path(__file__).parents[1]
 KERNELS = ROOT / "csrc" / "kernels" / "cuda"
 SOURCES = ["all_reduce", "glu", "epilogue", "gather", "gradient"]  # the slowest to compile first
 ARCHITECTURES = ["sm_90a", "sm_80"]
+CCACHE = [found] if (found := shutil.which("ccache")) else []
+
+pytestmark = pytest.mark.timeout(600)  # half a minute on two cores that are free
 
 FUNCTION = re.compile(r"^\s*Function : (\S+)", re.MULTILINE)
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
@@ -41,10 +44,10 @@ class Build:
     """One source for one architecture: its kernels' instructions, and what ptxas says of them."""
 
     def __init__(self, nvcc: str, cuobjdump: Path, source: str, arch: str, folder: Path) -> None:
-        cubin = folder / f"{source}.{arch}.cubin"
+        built = folder / f"{source}.{arch}.o"
         flags = ["-std=c++20", "-O2", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v", f"-arch={arch}"]
         compiled = subprocess.run(
-            [nvcc, *flags, "-cubin", "-o", cubin, KERNELS / f"{source}.cu"],
+            [*CCACHE, nvcc, *flags, "-c", "-o", built, KERNELS / f"{source}.cu"],
             capture_output=True,
             text=True,
         )
@@ -52,7 +55,7 @@ class Build:
         self.stacks = {m[1]: (int(m[2]), int(m[3])) for m in SPILLS.finditer(compiled.stderr)}
         path = os.pathsep.join([str(cuobjdump.parent), os.environ.get("PATH", "")])
         text = subprocess.run(
-            [cuobjdump, "-sass", cubin],
+            [cuobjdump, "-sass", built],
             capture_output=True,
             text=True,
             check=True,

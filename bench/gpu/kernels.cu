@@ -6,7 +6,7 @@
 
 #include "kernels/activation.h"
 #include "kernels/cuda/collective.cuh"
-#include "kernels/cuda/meeting.cuh"
+#include "kernels/cuda/meeting.h"
 
 namespace tp_native::bench::gpu {
 namespace {
@@ -98,7 +98,8 @@ __global__ void hold_kernel(uint64_t nanoseconds) {
 
 __global__ void __launch_bounds__(kernels::cuda::kCollectiveThreads, 2)
     meet_kernel(const __grid_constant__ kernels::cuda::Peers peers, int count) {
-  kernels::cuda::Meetings meetings(peers, static_cast<int>(blockIdx.y));
+  kernels::cuda::Meetings meetings(peers, static_cast<int>(blockIdx.y),
+                                   kernels::cuda::share_of_collective());
   for (int i = 0; i < count; ++i)
     if (!meetings.meet()) return;
   meetings.finish();

@@ -6,6 +6,7 @@
 
 #include "comm/backends.h"
 #include "comm/registry.h"
+#include "comm/socket_board.h"
 #include "core/callbacks.h"
 #include "core/cuda_driver.h"
 #include "core/fault.h"
@@ -147,18 +148,19 @@ PYBIND11_MODULE(_C, m) {
       "make_nccl",
       [](const std::shared_ptr<Communicator>& control, int device, double init_timeout_s,
          int max_ctas, int64_t peer_bytes, bool is_gpu_shared, const std::string& file,
-         const std::vector<std::string>& wheel_files) {
-        return comm::make_nccl({.device = device,
-                                .init_timeout_s = init_timeout_s,
-                                .max_ctas = max_ctas,
-                                .peer_bytes = peer_bytes,
-                                .is_gpu_shared = is_gpu_shared,
-                                .search = {file, wheel_files}},
-                               control);
+         const std::vector<std::string>& wheel_files, const std::vector<int>& sockets) {
+        return comm::make_nccl(
+            {.device = device,
+             .init_timeout_s = init_timeout_s,
+             .max_ctas = max_ctas,
+             .peer_bytes = peer_bytes,
+             .is_gpu_shared = is_gpu_shared,
+             .search = {file, wheel_files}},
+            control, sockets.empty() ? nullptr : comm::make_socket_board(control, sockets));
       },
       py::arg("control"), py::arg("device"), py::arg("init_timeout_s"), py::arg("max_ctas"),
       py::arg("peer_bytes"), py::arg("is_gpu_shared"), py::arg("file"), py::arg("wheel_files"),
-      Released());
+      py::arg("sockets") = std::vector<int>(), Released());
   m.def(
       "make_peers",
       [](int device, const std::shared_ptr<Communicator>& control) {

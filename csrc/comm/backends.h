@@ -50,8 +50,9 @@ struct NcclOptions {
 };
 
 /// GPUs over NCCL, one rank each. Collective. `control`: the same ranks on their hosts, whose name
-/// and failures become the group's; it must not be used for anything else. `board`: where ranks of
-/// several hosts agree on failures; null on one host, whose shared memory is one.
+/// and failures become the group's; it must not be used for anything else, and is closed with it.
+/// `board`: where ranks of several hosts agree on failures, make_socket_board()'s for instance;
+/// null on one host, whose shared memory is one.
 /// Raises on all ranks what one of them lacks: driver, library, GPU of its own.
 std::shared_ptr<Communicator> make_nccl(const NcclOptions& options,
                                         const std::shared_ptr<Communicator>& control,

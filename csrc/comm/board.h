@@ -37,10 +37,13 @@ class Board {
   /// A rank that has left and will not come to operation `seq`, or -1. Cheap.
   virtual int left_before(uint64_t seq) const = 0;
   virtual void set_status(OpCode op, uint64_t seq, bool is_inside) = 0;
+  /// This rank's operations so far: two communicators that share a board count on from each other.
+  virtual uint64_t noted() const { return 0; }
+  /// A peer says that there is a verdict: verdict() has it soon.
+  virtual void expect_verdict() {}
 
   // For collectives that run on devices, where nobody meets on the way (promise 5). A board of
   // ranks that compare as they meet does nothing here.
-  virtual uint64_t noted() const { return 0; }  ///< this rank's operations so far
   /// Notes this rank's operation `seq`, without waiting.
   virtual void note(const Signature&, uint64_t /*seq*/, int64_t /*bytes*/) {}
   virtual void finish(uint64_t /*seq*/) noexcept {}  ///< it has ended on the device

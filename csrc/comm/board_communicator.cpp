@@ -31,7 +31,7 @@ void BoardCommunicator::collective(const Signature& signature, int64_t bytes, do
   timeout_s_ = timeout_s > 0 ? timeout_s : identity_.timeout_s;
   waited_s_ = 0;
   next_warning_s_ = kWarnSeconds;
-  ++seq_;
+  seq_ = std::max(seq_, board_->noted()) + 1;
   check_usable();
   collectives_.fetch_add(1, std::memory_order_relaxed);
   bytes_.fetch_add(static_cast<uint64_t>(bytes), std::memory_order_relaxed);

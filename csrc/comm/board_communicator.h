@@ -25,6 +25,8 @@ class BoardCommunicator : public Communicator {
   Stats stats() const override;
   std::vector<LogEntry> op_log() const override;
   std::optional<FailureRecord> failure() const override;
+  /// For another communicator of the same ranks, which then fails and leaves with this one.
+  const std::shared_ptr<Board>& shared_board() const { return board_; }
 
  protected:
   BoardCommunicator(Identity identity, std::shared_ptr<Board> board);

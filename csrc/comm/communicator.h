@@ -142,7 +142,9 @@ class Communicator {
   virtual void abort(
       const std::string& reason) = 0;  ///< every rank's pending and later calls raise
   virtual void check() {}              ///< throws if no collective can follow; asks nobody
-  virtual void close() = 0;            ///< leaves; idempotent; blocks stay valid
+  /// Tells all ranks what has failed between two collectives; never waits. One thread.
+  virtual void look() {}
+  virtual void close() = 0;  ///< leaves; idempotent; blocks stay valid
   virtual Stats stats() const = 0;
   virtual std::vector<LogEntry> op_log() const = 0;  ///< the last operations, oldest first
   /// What poisoned it, once a call has raised that, where it keeps it: for communicators that are

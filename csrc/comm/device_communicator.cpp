@@ -78,6 +78,7 @@ void DeviceCommunicator::watch() {
     try {
       const cuda::Current current(device_);
       board().look();
+      control_->look();
       look_at_library();
       look_at_pending();
     } catch (const std::exception& error) {
@@ -164,7 +165,9 @@ void DeviceCommunicator::drop() noexcept {
   changed_.notify_all();
 }
 
-void DeviceCommunicator::interrupt() noexcept {
+void DeviceCommunicator::interrupt() noexcept { close_control(); }
+
+void DeviceCommunicator::close_control() noexcept {
   try {
     control_->close();               // sends away who waits in a barrier
   } catch (const std::exception&) {  // whoever waits there says why
@@ -179,9 +182,11 @@ void DeviceCommunicator::release() noexcept {
   if (changed_.wait_for(lock, limit, [&] { return has_ended_; })) {
     lock.unlock();
     thread_.join();
+    close_control();
     return;
   }
   lock.unlock();
+  close_control();
   const auto self = weak_from_this().lock();
   if (!self) return;  // the destructor waits
   warn(concat("group ", identity_.name, ": a GPU does not end its work on rank ", identity_.rank,

@@ -19,7 +19,8 @@ class DeviceCommunicator : public BoardCommunicator,
   void barrier(double timeout_s, Stream) final;  ///< of the hosts: it waits for no GPU
 
  protected:
-  /// `control`: the same ranks on their hosts; from here on it runs barriers only.
+  /// `control`: the same ranks on their hosts; from here on it runs barriers only, and is closed
+  /// with this one.
   DeviceCommunicator(Identity identity, const cuda::Device& device,
                      std::shared_ptr<Communicator> control, std::shared_ptr<Board> board);
   ~DeviceCommunicator() override;
@@ -58,6 +59,7 @@ class DeviceCommunicator : public BoardCommunicator,
   void look_at_pending();
   bool drain(double end_s);
   void finish() noexcept;
+  void close_control() noexcept;
 
   cuda::Device device_;
   std::shared_ptr<Communicator> control_;

@@ -108,7 +108,7 @@ std::string to_json(const Identity& identity, std::span<RankHeader* const> heade
                   ",\"heartbeats\":", header.pulse.load(std::memory_order_relaxed),
                   ",\"operations\":[");
     bool is_first = true;
-    for (const FlightCopy& entry : all_flight(header)) {
+    for (const FlightCopy& entry : all_flight(header.flight)) {
       out += is_first ? "\n" : ",\n";
       is_first = false;
       append(out, entry, period_s, now);  // seconds before the record: negative
@@ -120,11 +120,11 @@ std::string to_json(const Identity& identity, std::span<RankHeader* const> heade
 
 }  // namespace
 
-void begin_flight(RankHeader& header, uint64_t seq, const Signature& signature, uint64_t hash,
+void begin_flight(FlightRing& ring, uint64_t seq, const Signature& signature, uint64_t hash,
                   uint64_t chain, int64_t bytes, uint64_t start) {
   const Signature& s = named(signature);
   constexpr auto kRelease = std::memory_order_release;
-  FlightEntry& entry = header.flight[seq % kFlightEntries];
+  FlightEntry& entry = ring.entries[seq % kFlightEntries];
   entry.seq.store(0, std::memory_order_relaxed);
   entry.signature.store(hash, kRelease);
   entry.chain.store(chain, kRelease);
@@ -135,23 +135,23 @@ void begin_flight(RankHeader& header, uint64_t seq, const Signature& signature, 
   const size_t dims = std::min<size_t>(s.shape.size(), kMaxDims);
   for (size_t i = 0; i < dims; ++i) entry.shape[i].store(s.shape[i], kRelease);
   entry.seq.store(seq, kRelease);
-  header.noted.store(seq, kRelease);
+  ring.noted.store(seq, kRelease);
 }
 
-FlightCopy copy_flight(const RankHeader& header, uint64_t seq) {
-  FlightCopy found = copy(header.flight[seq % kFlightEntries]);
+FlightCopy copy_flight(const FlightRing& ring, uint64_t seq) {
+  FlightCopy found = copy(ring.entries[seq % kFlightEntries]);
   if (found.seq != seq) found.seq = 0;
   return found;
 }
 
-FlightCopy last_flight(const RankHeader& header) {
-  const uint64_t last = header.noted.load(std::memory_order_acquire);
-  return last == 0 ? FlightCopy{} : copy_flight(header, last);
+FlightCopy last_flight(const FlightRing& ring) {
+  const uint64_t last = ring.noted.load(std::memory_order_acquire);
+  return last == 0 ? FlightCopy{} : copy_flight(ring, last);
 }
 
-std::vector<FlightCopy> all_flight(const RankHeader& header) {
+std::vector<FlightCopy> all_flight(const FlightRing& ring) {
   std::vector<FlightCopy> entries;
-  for (const FlightEntry& entry : header.flight) {
+  for (const FlightEntry& entry : ring.entries) {
     if (FlightCopy found = copy(entry); found.seq != 0) entries.push_back(std::move(found));
   }
   std::ranges::sort(entries, {}, &FlightCopy::seq);
@@ -167,6 +167,40 @@ Announcement announcement_of(const FlightCopy& e, uint64_t fingerprint) {
           e.dim,
           e.shape,
           e.seq != 0};
+}
+
+std::optional<Mismatch> compare_flights(std::span<const FlightRing* const> ranks,
+                                        uint64_t& compared) {
+  uint64_t common = ~uint64_t{0};
+  for (const FlightRing* ring : ranks)
+    common = std::min(common, ring->noted.load(std::memory_order_acquire));
+  if (common == compared) return std::nullopt;
+  std::vector<FlightCopy> notes(ranks.size());
+  const auto copy_all = [&](uint64_t seq) {
+    std::ranges::transform(ranks, notes.begin(),
+                           [&](const FlightRing* ring) { return copy_flight(*ring, seq); });
+    return std::ranges::all_of(notes, [](const FlightCopy& note) { return note.seq != 0; });
+  };
+  if (!copy_all(common)) return std::nullopt;  // a rank is far ahead: the chain tells it later
+  const auto agree = [&](const auto& field) {
+    return std::ranges::all_of(
+        notes, [&](const FlightCopy& note) { return note.*field == notes[0].*field; });
+  };
+  if (agree(&FlightCopy::chain)) {
+    compared = common;
+    return std::nullopt;
+  }
+  const uint64_t oldest = common - std::min(common, kFlightEntries) + 1;
+  for (uint64_t seq = std::max(compared + 1, oldest); seq <= common; ++seq) {
+    if (!copy_all(seq) || agree(&FlightCopy::signature)) continue;
+    std::vector<Announcement> told;
+    for (const FlightCopy& note : notes) told.push_back(announcement_of(note, note.signature));
+    Mismatch found = find_mismatch(told);
+    found.text = concat("#", seq, ": ", found.text);
+    return found;
+  }
+  return Mismatch{-1, concat("the ranks entered different collectives between #", compared + 1,
+                             " and #", common, ", too long ago to be noted still")};
 }
 
 std::string flight_path(const Identity& identity, const RankHeader& first) {

@@ -3,6 +3,7 @@
 // its process, and into a file when the group fails.
 #pragma once
 
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -16,10 +17,12 @@
 namespace tp_native::comm {
 
 /// The owner's notes: begin before the announcement, end when the call returns.
-void begin_flight(RankHeader& header, uint64_t seq, const Signature& signature, uint64_t hash,
+void begin_flight(FlightRing& ring, uint64_t seq, const Signature& signature, uint64_t hash,
                   uint64_t chain, int64_t bytes, uint64_t start);
-inline void end_flight(RankHeader& header, uint64_t seq) {
-  header.flight[seq % kFlightEntries].end.store(stamp(), std::memory_order_relaxed);
+inline void end_flight(FlightRing& ring, uint64_t seq) noexcept {
+  FlightEntry& entry = ring.entries[seq % kFlightEntries];
+  if (entry.seq.load(std::memory_order_relaxed) == seq)  // else it ran so long that it is forgotten
+    entry.end.store(stamp(), std::memory_order_relaxed);
 }
 
 /// A copy that does not change any more; seq 0 where the entry was never used or is being replaced.
@@ -37,12 +40,17 @@ struct FlightCopy {
   uint64_t start = 0;
   uint64_t end = 0;
 };
-FlightCopy copy_flight(const RankHeader& header, uint64_t seq);
-FlightCopy last_flight(const RankHeader& header);
-std::vector<FlightCopy> all_flight(const RankHeader& header);  ///< oldest first
+FlightCopy copy_flight(const FlightRing& ring, uint64_t seq);
+FlightCopy last_flight(const FlightRing& ring);
+std::vector<FlightCopy> all_flight(const FlightRing& ring);  ///< oldest first
 
 /// For describe() and find_mismatch(); points into `entry`.
 Announcement announcement_of(const FlightCopy& entry, uint64_t fingerprint = 0);
+
+/// What differs in what the ranks noted after `compared`, as far as all of them have come. Where
+/// nothing does, `compared` moves there.
+std::optional<Mismatch> compare_flights(std::span<const FlightRing* const> ranks,
+                                        uint64_t& compared);
 
 /// Writes FILE of `tp-native blame FILE` (JSON) for this failure into identity.flight_folder, mode
 /// 0600. Does nothing without a folder, where the file exists, or on any error.

@@ -19,7 +19,7 @@ class HostBoard final : public Board {
   std::optional<Verdict> verdict() const override { return host_->verdict(); }
   int left_before(uint64_t seq) const override;
   void set_status(OpCode, uint64_t, bool) override {}  // the notes say it
-  uint64_t noted() const override { return host_->last(host_->identity().rank).seq; }
+  uint64_t noted() const override { return host_->noted(); }
   void note(const Signature& signature, uint64_t seq, int64_t bytes) override;
   void finish(uint64_t seq) noexcept override { host_->finish(seq); }
   void look() override;

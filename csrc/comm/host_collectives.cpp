@@ -120,7 +120,7 @@ void HostCommunicator::collective(const Signature& signature, int64_t bytes, dou
   bytes_now_ = bytes;
   try {
     body();
-    if (is_checked_) end_flight(*peers_[identity_.rank].header(), seq_);
+    if (is_checked_) end_flight(flight_of(identity_.rank), seq_);
   } catch (...) {
     if (!failure_) {  // nor a verdict: an exception of this process's alone
       publish_abort(

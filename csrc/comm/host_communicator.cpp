@@ -125,7 +125,7 @@ Stats HostCommunicator::stats() const {
 
 std::vector<LogEntry> HostCommunicator::op_log() const {
   std::vector<LogEntry> entries;
-  for (const FlightCopy& e : all_flight(*peers_[identity_.rank].header()))
+  for (const FlightCopy& e : all_flight(flight_of(identity_.rank)))
     entries.push_back({e.seq, e.op, e.dtype, e.signature});
   return entries;
 }
@@ -174,8 +174,8 @@ void HostCommunicator::announce(uint64_t block) {  // proof: meet.announce
   post();
   if (is_checked_) {  // while the line travels
     chain_ = mix(chain_, signature_hash_);
-    begin_flight(*peers_[identity_.rank].header(), seq_, *current_, signature_hash_, chain_,
-                 bytes_now_, now);
+    begin_flight(flight_of(identity_.rank), seq_, *current_, signature_hash_, chain_, bytes_now_,
+                 now);
     note_arrivals();
   }
   TPN_FAULT("announced");
@@ -331,46 +331,16 @@ uint64_t HostCommunicator::note(const Signature& signature, int64_t bytes) {
   check_usable();
   const uint64_t hash = hash_signature(signature);
   chain_ = mix(chain_, hash);
-  begin_flight(*peers_[identity_.rank].header(), ++seq_, signature, hash, chain_, bytes, stamp());
+  begin_flight(flight_of(identity_.rank), ++seq_, signature, hash, chain_, bytes, stamp());
   return seq_;
 }
 
-void HostCommunicator::finish(uint64_t seq) noexcept {
-  RankHeader& header = *peers_[identity_.rank].header();
-  if (header.flight[seq % kFlightEntries].seq.load(std::memory_order_relaxed) == seq)
-    end_flight(header, seq);
-}
+void HostCommunicator::finish(uint64_t seq) noexcept { end_flight(flight_of(identity_.rank), seq); }
 
 std::optional<Mismatch> HostCommunicator::compare() {
-  const auto size = static_cast<size_t>(identity_.size);
-  uint64_t common = ~uint64_t{0};
-  for (const Peer& peer : peers_)
-    common = std::min(common, peer.header()->noted.load(std::memory_order_acquire));
-  if (common == compared_) return std::nullopt;
-  FlightCopy notes[kMaxRanks];
-  const auto copy_all = [&](uint64_t seq) {
-    for (size_t r = 0; r < size; ++r) notes[r] = copy_flight(*peers_[r].header(), seq);
-    return std::all_of(notes, notes + size, [](const FlightCopy& note) { return note.seq != 0; });
-  };
-  if (!copy_all(common)) return std::nullopt;  // a rank is far ahead: the chain tells it later
-  const auto agree = [&](const auto& field) {
-    return std::all_of(notes, notes + size,
-                       [&](const FlightCopy& note) { return note.*field == notes[0].*field; });
-  };
-  if (agree(&FlightCopy::chain)) {
-    compared_ = common;
-    return std::nullopt;
-  }
-  for (uint64_t seq = compared_ + 1; seq <= common; ++seq) {
-    if (!copy_all(seq) || agree(&FlightCopy::signature)) continue;
-    Announcement ranks[kMaxRanks];
-    for (size_t r = 0; r < size; ++r) ranks[r] = announcement_of(notes[r], notes[r].signature);
-    Mismatch found = find_mismatch(std::span(ranks, size));
-    found.text = concat("#", seq, ": ", found.text);
-    return found;
-  }
-  return Mismatch{-1, concat("the ranks entered different collectives between #", compared_ + 1,
-                             " and #", common, ", too long ago to be noted still")};
+  const FlightRing* rings[kMaxRanks];
+  for (int r = 0; r < identity_.size; ++r) rings[r] = &flight_of(r);
+  return compare_flights(std::span(rings, static_cast<size_t>(identity_.size)), compared_);
 }
 
 // ---- failures
@@ -492,7 +462,7 @@ void HostCommunicator::raise_mismatch() {
   const double start = now_s();
   for (int r = 0; r < identity_.size; ++r) {
     do {  // a rank notes its operation right after it has announced it
-      entries[r] = copy_flight(*peers_[r].header(), seq_);
+      entries[r] = copy_flight(flight_of(r), seq_);
     } while (entries[r].seq == 0 && !verdict() && now_s() - start < kNoteSeconds &&
              ::sched_yield() == 0);
     ranks[r] = announcement_of(entries[r], line(r).fingerprint);
@@ -510,7 +480,7 @@ std::string HostCommunicator::describe_current() const {
 }
 
 std::string HostCommunicator::describe_last(int rank) const {
-  const FlightCopy last = last_flight(*peers_[rank].header());
+  const FlightCopy last = last_flight(flight_of(rank));
   if (last.seq == 0) return "before its first operation";
   return concat(last.end == 0 ? "in " : "after ", describe(announcement_of(last)), " #", last.seq);
 }
@@ -519,7 +489,7 @@ std::string HostCommunicator::late_table() const {
   std::ostringstream text;
   text << "ranks:";
   for (int r = 0; r < identity_.size; ++r) {
-    const FlightCopy last = last_flight(*peers_[r].header());
+    const FlightCopy last = last_flight(flight_of(r));
     text << (r ? ", " : " ") << r;
     if (has_left(r)) text << " left";
     if (last.seq == 0) {

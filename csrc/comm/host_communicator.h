@@ -84,7 +84,9 @@ class HostCommunicator final : public Communicator {
   void finish(uint64_t seq) noexcept;  ///< a noted operation has ended
   /// What differs in the ranks' notes, as far as all of them have come; asks nobody. One thread.
   std::optional<Mismatch> compare();
-  FlightCopy last(int rank) const { return last_flight(*peers_[rank].header()); }
+  /// This rank's operations so far.
+  uint64_t noted() const { return flight_of(identity_.rank).noted.load(std::memory_order_acquire); }
+  FlightCopy last(int rank) const { return last_flight(flight_of(rank)); }
   std::string flight_hint() const;  ///< "; flight record: FILE ...", or nothing
   /// "in all_reduce(sum, float32 [4]) #17", "after ...", "before its first operation"
   std::string describe_last(int rank) const;
@@ -114,6 +116,7 @@ class HostCommunicator final : public Communicator {
   static void bump(std::atomic<uint64_t>& counter, uint64_t by) {  // one writer: no locked add
     counter.store(counter.load(std::memory_order_relaxed) + by, std::memory_order_relaxed);
   }
+  FlightRing& flight_of(int rank) const { return peers_[rank].header()->flight; }
   char* slot(int rank, uint64_t chunk) const;
   std::vector<RankHeader*> headers() const;
   void announce(uint64_t block);

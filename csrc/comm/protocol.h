@@ -57,6 +57,13 @@ struct FlightEntry {
 static_assert(sizeof(FlightEntry) == 104);
 constexpr uint64_t kFlightEntries = 1024;
 
+/// One rank's last operations. Only that rank writes; nobody waits.
+struct FlightRing {
+  /// The last one in `entries`. Release, after its entry is complete.
+  alignas(128) std::atomic<uint64_t> noted;
+  alignas(128) FlightEntry entries[kFlightEntries];
+};
+
 enum class RankState : uint32_t { kJoining = 0, kActive = 1, kLeft = 2 };
 
 constexpr size_t kAbortTextBytes = 1536;
@@ -87,9 +94,7 @@ struct RankHeader {
   /// pairs with the acquire of whoever reads that record.
   alignas(128) std::atomic<uint32_t> verdict;
   alignas(128) AbortRecord abort;  ///< this rank's
-  /// This rank's last operation in `flight`. Release, after its entry is complete.
-  alignas(128) std::atomic<uint64_t> noted;
-  alignas(128) FlightEntry flight[kFlightEntries];
+  FlightRing flight;
 };
 
 constexpr size_t kHeaderBytes = 128u << 10;

@@ -7,6 +7,7 @@
 #include <numeric>
 
 #include "comm/epilogue.h"
+#include "comm/host_communicator.h"
 #include "kernels/cpu/convert.h"
 #include "kernels/reduce.h"
 
@@ -370,6 +371,17 @@ void TwoLevel::barrier(double timeout_s, Stream stream) {
 void TwoLevel::check_levels() {
   intra_->check();
   if (inter_) inter_->check();
+}
+
+/// The watch of a host's ranks sees who dies or freezes whatever runs.
+void TwoLevel::look() {
+  const auto* const host = dynamic_cast<const HostCommunicator*>(intra_.get());
+  if (!host || board().verdict()) return;
+  const std::optional<Verdict> found = host->verdict();
+  if (!found) return;
+  const auto global = [&](int64_t number) { return first_[host_] + number; };
+  board().claim({found->kind, found->culprit < 0 ? -1 : static_cast<int>(global(found->culprit)),
+                 renumbered(found->text, global)});
 }
 
 std::optional<Verdict> TwoLevel::explain() {

@@ -31,6 +31,7 @@ class TwoLevel final : public BoardCommunicator {
                Stream) override;
   void broadcast(const Signature&, void* data, int64_t count, Stream) override;
   void barrier(double timeout_s, Stream) override;
+  void look() override;
 
  protected:
   std::optional<Verdict> explain() override;

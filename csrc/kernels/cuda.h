@@ -115,8 +115,8 @@ constexpr int kMaxBlocks = 256;  ///< of one rank in one collective
 
 /// The memory through which the ranks of a group meet, as this rank's device reaches it.
 /// Collectives over the same flags run one after another on every rank, in the same order, with the
-/// same counts and blocks; nothing else writes there. After an abort neither flags nor outputs mean
-/// anything.
+/// same counts and blocks, and all with a norm or none; nothing else writes there. After an abort
+/// neither flags nor outputs mean anything.
 struct Peers {
   /// Rank r's staging: two buffers of buffer_bytes, 16-byte aligned.
   void* data[kMaxRanks] = {};

@@ -88,7 +88,8 @@ void StoreBoard::run() {
       has_failed = true;
     }
     lock.lock();
-    changed_.wait_for(lock, kTick, [&] { return is_stopping_; });
+    changed_.wait_for(lock, kTick, [&] { return is_stopping_ || is_hurried_; });
+    is_hurried_ = false;
   }
 }
 
@@ -156,6 +157,19 @@ void StoreBoard::set_status(comm::OpCode op, uint64_t seq, bool is_inside) {
   op_ = op;
   seq_ = seq;
   is_inside_ = is_inside;
+}
+
+uint64_t StoreBoard::noted() const {
+  std::lock_guard lock(mutex_);
+  return seq_;
+}
+
+void StoreBoard::expect_verdict() {
+  {
+    std::lock_guard lock(mutex_);
+    is_hurried_ = true;
+  }
+  changed_.notify_all();
 }
 
 std::vector<Status> StoreBoard::call_roll() {

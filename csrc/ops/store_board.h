@@ -25,6 +25,8 @@ class StoreBoard final : public comm::Board {
   std::optional<comm::Verdict> verdict() const override;
   int left_before(uint64_t seq) const override;
   void set_status(comm::OpCode op, uint64_t seq, bool is_inside) override;
+  uint64_t noted() const override;
+  void expect_verdict() override;
   std::vector<comm::Status> call_roll() override;
   void on_verdict(std::function<void(const comm::Verdict&)> fn) override;
   void leave() override;
@@ -55,6 +57,7 @@ class StoreBoard final : public comm::Board {
   uint64_t seq_ = 0;
   bool is_inside_ = false;
   bool is_stopping_ = false;
+  bool is_hurried_ = false;  ///< the next look is now
   bool has_left_ = false;
   std::atomic<bool> has_news_{false};  ///< a verdict or a rank that left; spares waiters the lock
   std::thread thread_;

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, cast
 
@@ -25,6 +25,7 @@ from torch._C._distributed_c10d import (
 )
 from torch.distributed.device_mesh import DeviceMesh
 
+from . import gpu
 from ._native import _C
 from .config import TensorParallelConfig, address_of, job_address
 from .errors import TensorParallelError
@@ -72,15 +73,56 @@ def world(config: TensorParallelConfig, start: int) -> dist.ProcessGroup:
             store=store,
             rank=config.rank,
             world_size=config.world_size,
-            timeout=_timeout(config.init_timeout_s),
+            timeout=timeout(config.init_timeout_s),
         )
         made = dist.group.WORLD
         assert made is not None
         backend = cast(Any, made._get_backend(torch.device("cpu")))
-        backend._set_default_timeout(_timeout(config.timeout_s))  # of calls that are not ours
+        backend._set_default_timeout(timeout(config.timeout_s))  # of calls that are not ours
     group = dist.group.WORLD
     assert group is not None
     return group
+
+
+def store_of(group: dist.ProcessGroup) -> Store:
+    """The store that the ranks of ``group`` share, under a prefix of its own."""
+    return dist.distributed_c10d._get_process_group_store(group)
+
+
+def is_over_nccl(group: dist.ProcessGroup) -> bool:
+    """Whether the backend of ``group`` for GPUs is NCCL."""
+    return gpu.is_nccl_for_gpus(dist.distributed_c10d._world.pg_backend_config.get(group, ""))
+
+
+def has_gpus(group: dist.ProcessGroup, name: str, config: TensorParallelConfig) -> bool:
+    """Whether every rank of ``group`` has a GPU; asked once for group ``name``. Collective.
+
+    Raises: TensorParallelError naming the missing ranks after ``config.init_timeout_s``.
+    """
+    store = PrefixStore(f"tp_native/{name}/offers", store_of(group))
+    offers = call_roll(store, config, gpu.offer_of("auto", config))
+    return gpu.choose_backend(offers) == "nccl"
+
+
+def beside(group: dist.ProcessGroup, config: TensorParallelConfig) -> dist.ProcessGroup:
+    """The same ranks over Gloo, whatever ``group`` is over. Collective; :func:`forget` ends it."""
+    ranks = dist.get_process_group_ranks(group)
+    kept: dict[str, Any] = {"sort_ranks": False} if ranks != sorted(ranks) else {}  # new in 2.13
+    made = dist.new_group(
+        ranks,
+        timeout=timeout(config.init_timeout_s),
+        backend="gloo",
+        use_local_synchronization=True,
+        **kept,
+    )
+    assert isinstance(made, dist.ProcessGroup)
+    return made
+
+
+def forget(group: dist.ProcessGroup) -> None:
+    """End a group that :func:`beside` made, unless torch.distributed has ended."""
+    if group in dist.distributed_c10d._world.pg_map:
+        dist.destroy_process_group(group)
 
 
 def join(name: str, process_group_name: str, timeout_s: float) -> _C.Communicator:
@@ -92,16 +134,15 @@ def join(name: str, process_group_name: str, timeout_s: float) -> _C.Communicato
 # -- several hosts
 
 
-def _host_id() -> str:
-    """Equal on ranks that can share memory and UNIX sockets: one kernel, one network namespace, one
-    torchrun agent.
-    """
+def machine_id() -> str:
+    """Equal on ranks that reach each other over loopback: one kernel, one network namespace."""
     with open("/proc/sys/kernel/random/boot_id") as file:
         boot = file.read().strip()
-    return f"{boot}/{os.readlink('/proc/self/ns/net')}/{os.environ.get('GROUP_RANK', '')}"
+    return f"{boot}/{os.readlink('/proc/self/ns/net')}"
 
 
-def _timeout(seconds: float) -> timedelta:
+def timeout(seconds: float) -> timedelta:
+    """``seconds`` as torch takes them."""
     return timedelta(seconds=min(seconds, 1e8))  # three years: torch counts nanoseconds
 
 
@@ -142,7 +183,7 @@ def _tcp_store(config: TensorParallelConfig) -> Store:
             port,
             config.world_size,
             is_master,
-            _timeout(config.init_timeout_s),
+            timeout(config.init_timeout_s),
             wait_for_workers=False,  # the roll call does, and knows who is missing
             multi_tenant=not is_served,
             master_listen_fd=held.fileno() if held is not None else None,
@@ -179,7 +220,7 @@ def call_roll(store: Store, config: TensorParallelConfig, told: str) -> list[str
     keys = [f"host/{r}" for r in range(size)]
     try:
         store.set(keys[config.rank], told)
-        store.wait(keys, _timeout(config.init_timeout_s))
+        store.wait(keys, timeout(config.init_timeout_s))
         return [store.get(key).decode() for key in keys]
     except RuntimeError as error:
         try:
@@ -220,18 +261,35 @@ def cut_into_hosts(ranks: list[tuple[str, int, int]]) -> list[int]:
     return [len(found) for found in hosts.values()]
 
 
+@dataclass(frozen=True)
+class Hosts:
+    """What the ranks of several hosts told each other when they met."""
+
+    store: Store  # of this start of this job
+    sizes: list[int]  # ranks on each host
+    offers: list[str]  # by rank
+
+
+def meet_hosts(config: TensorParallelConfig, start: int, offer: str) -> Hosts:
+    """``start``: how many groups this job has made before; ``offer``: for the other ranks."""
+    store = _job_store(config, start)
+    # A host: those that share memory and UNIX sockets, under one torchrun agent.
+    host = f"{machine_id()}/{os.environ.get('GROUP_RANK', '')}"
+    told = call_roll(store, config, f"{host} {config.local_rank} {config.local_world_size} {offer}")
+    ranks = [text.split(maxsplit=3) for text in told]
+    sizes = cut_into_hosts([(rank[0], int(rank[1]), int(rank[2])) for rank in ranks])
+    return Hosts(store, sizes, [rank[3] for rank in ranks])
+
+
 def join_hosts(
-    name: str, address: str, config: TensorParallelConfig, start: int
+    name: str, address: str, config: TensorParallelConfig, start: int, hosts: Hosts
 ) -> _C.Communicator:
     """Group ``name`` of ranks on several hosts, registered: shared memory within a host, Gloo
-    between the first ranks of the hosts. ``address``: as for one host; ``start``: how many groups
-    this job has made before.
+    between the first ranks of the hosts. ``address``: as for one host.
     """
     rank, size, local_rank = config.rank, config.world_size, config.local_rank
     timeout_s = config.timeout_s
-    store = _job_store(config, start)
-    told = call_roll(store, config, f"{_host_id()} {local_rank} {config.local_world_size}")
-    sizes = cut_into_hosts([(host, int(r), int(n)) for host, r, n in map(str.split, told)])
+    store, sizes = hosts.store, hosts.sizes
     host = next(h for h in range(len(sizes)) if rank < sum(sizes[: h + 1]))
 
     # A leader may wait timeout_s for the other hosts: its own host's ranks wait longer for it.
@@ -247,7 +305,7 @@ def join_hosts(
     if local_rank == 0:
         leaders = f"{name}/leaders"
         backend = ProcessGroupGloo(
-            PrefixStore("leaders", store), host, len(sizes), _timeout(config.init_timeout_s)
+            PrefixStore("leaders", store), host, len(sizes), timeout(config.init_timeout_s)
         )
         linked = _process_group(leaders, store, host, len(sizes))
         linked._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+import torch.distributed as dist
 
 from ._native import _C
 from .config import TensorParallelConfig
@@ -36,6 +37,34 @@ def choose_backend(offers: Sequence[str]) -> str:
     return "nccl" if all(offer.split()[1] == "cuda" for offer in offers) else "shm"
 
 
+def is_nccl_for_gpus(backends: str) -> bool:
+    """``backends``: of a process group as torch.distributed writes them, "cpu:gloo,cuda:nccl" or
+    one for all devices.
+    """
+    by_device = dict(part.rpartition(":")[::2] for part in backends.lower().split(","))
+    return by_device.get("cuda", by_device.get("")) == "nccl"
+
+
+def device_of(bound: int | None, current: int, local_rank: int, count: int) -> int:
+    """Which of ``count`` GPUs is the rank's in a process group: the one that it was bound to, else
+    the one that the program has made torch's current, else that of its place on its host.
+    """
+    if bound is not None:
+        return bound
+    return current or local_rank % count
+
+
+def index_in(group: dist.ProcessGroup, config: TensorParallelConfig) -> int:
+    """Number of this rank's GPU in ``group``, as :func:`device_of` says."""
+    bound = group.bound_device_id
+    return device_of(
+        bound.index if bound is not None else None,
+        torch.cuda.current_device(),
+        config.local_rank,
+        torch.cuda.device_count(),
+    )
+
+
 def check_torch(who: str = 'backend "nccl"') -> None:
     """Raise TensorParallelError unless torch can put tensors on a GPU of this machine."""
     if not torch.cuda.is_available():
@@ -57,17 +86,24 @@ def shared_device(device: torch.device | str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if place.index is None else place
 
 
-def on_gpu(config: TensorParallelConfig) -> TensorParallelConfig:
-    """``config`` on this rank's GPU, which becomes torch's current one."""
+def on_gpu(config: TensorParallelConfig, index: int | None = None) -> TensorParallelConfig:
+    """``config`` on this rank's GPU, number ``index`` or that of its place on its host. It becomes
+    torch's current one.
+    """
     check_torch()
-    device = torch.device("cuda", config.local_rank % torch.cuda.device_count())
+    if index is None:
+        index = config.local_rank % torch.cuda.device_count()
+    device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return replace(config, backend="nccl", device=device)
 
 
-def make_nccl(control: _C.Communicator, device: int, init_timeout_s: float) -> _C.Communicator:
+def make_nccl(
+    control: _C.Communicator, device: int, init_timeout_s: float, sockets: Sequence[int] = ()
+) -> _C.Communicator:
     """The group of ``control``'s ranks over NCCL, each on a GPU of its own. Collective.
 
+    ``sockets``: of ranks on several hosts, connected as ``links.connect`` does; taken over.
     ``TP_NATIVE_NCCL_PATH`` names the library to take, ``TP_NATIVE_NCCL_MAX_CTAS`` how many thread
     blocks it may use. With ``TP_NATIVE_PEER_BYTES`` all-reduces of up to so many bytes run as
     kernels of ours over memory that the ranks reach directly, where they pass a test at the start.
@@ -84,6 +120,7 @@ def make_nccl(control: _C.Communicator, device: int, init_timeout_s: float) -> _
         is_gpu_shared=environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1" or "NCCL_HOSTID" in environ,
         file=_nccl_path(),
         wheel_files=wheel_files("nccl", "libnccl.so.2"),
+        sockets=list(sockets),
     )
 
 

@@ -15,10 +15,11 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.device_mesh import DeviceMesh
 from typing_extensions import Self
 
-from . import _ops, c10d, flight, gpu
+from . import _ops, c10d, flight, gpu, links
 from ._native import _C
 from .config import (
     TensorParallelConfig,
@@ -54,6 +55,7 @@ class Group:
         address: str = "",
         make: _Make | None = None,
         order: Tensor | None = None,
+        side: dist.ProcessGroup | None = None,
     ) -> None:
         self.config = config
         self.rank = config.rank
@@ -69,6 +71,7 @@ class Group:
         self._communicator = communicator
         self._address = address  # where its ranks meet; groups made from it meet beside it
         self._make = make
+        self._side = side  # made for this group, ends with it
         self._splits = 0
         self._local_splits: list[Group] = []  # end with it
         self._generator: torch.Generator | None = None
@@ -264,10 +267,10 @@ class Group:
         if self.backend == "local":
             self._local_splits.append(_split_local(base, config, self.order))
             return self._local_splits[-1]
-        if self.backend not in ("shm", "nccl"):
+        if self._make is None:
             raise ValueError(
-                f"split: a group over {self.backend} cannot be split here; make the smaller "
-                "process group with torch.distributed.new_group and pass it"
+                f"split: {self!r} cannot be split, only a group whose ranks share a host can; make "
+                "the smaller process group with torch.distributed.new_group and pass it"
             )
         return _make_group(config, base, address_of(self._address, base), self.order)
 
@@ -309,6 +312,8 @@ class Group:
         if self._communicator is not None:
             self._communicator.close()
             _C.unregister(self.name)
+        if self._side is not None:
+            c10d.forget(self._side)
         _process.forget(self)
 
     def __enter__(self) -> Self:
@@ -367,17 +372,24 @@ class _Process:
     def over(self, group: object, config: TensorParallelConfig | None = None) -> Group:
         """The group over a process group or mesh of torch.distributed's, made on first use."""
         ranks = c10d.process_group(group)
+        is_of_cpus = isinstance(group, DeviceMesh) and group.device_type == "cpu"
         known, made = self.joined.get(ranks.group_name, (None, None))
-        if made is not None and known is ranks:
+        if made is not None and known is ranks and not (is_of_cpus and made.backend == "nccl"):
             return made
-        return self.join(ranks.group_name, config)
+        return self.join(ranks.group_name, config, is_of_cpus)
 
-    def join(self, group_name: str, config: TensorParallelConfig | None) -> Group:
-        """Make it, in place of an earlier one of the same name."""
+    def join(
+        self, group_name: str, config: TensorParallelConfig | None, is_of_cpus: bool = False
+    ) -> Group:
+        """Make it, in place of an earlier one of the same name. ``is_of_cpus``: whatever GPUs the
+        ranks have.
+        """
         # by name, and looked for again: while a compiler traces, `over` has a stand-in of the
         # process group and `joined` as it was at the start
         ranks: dist.ProcessGroup = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[attr-defined, arg-type]
-        known, made = self.joined.get(ranks.group_name, (None, None))
+        is_over_nccl = c10d.is_over_nccl(ranks)
+        key = ranks.group_name + ("@cpu" if is_over_nccl and is_of_cpus else "")
+        known, made = self.joined.get(key, (None, None))
         if made is not None and known is ranks:
             return made
         if made is not None:  # the name's former owner was destroyed
@@ -391,11 +403,21 @@ class _Process:
             world_size=ranks.size(),
             backend="c10d",
         )
-        communicator = None
+        communicator = side = None
+        if is_over_nccl and not is_of_cpus and c10d.has_gpus(ranks, name, config):
+            config = gpu.on_gpu(config, gpu.index_in(ranks, config))
+            side = c10d.beside(ranks, config) if ranks.size() > 1 else None
         if ranks.size() > 1:
-            communicator = c10d.join(name, ranks.group_name, config.timeout_s)
-        made = Group(config, communicator, name)
-        self.joined[ranks.group_name] = (ranks, made)
+            communicator = c10d.join(name, (side or ranks).group_name, config.timeout_s)
+        if communicator is not None and side is not None:
+            store = PrefixStore(f"tp_native/{name}", c10d.store_of(side))
+            try:
+                communicator = _put_on_gpus(communicator, config, store)
+            except BaseException:
+                c10d.forget(side)
+                raise
+        made = Group(config, communicator, name, side=side)
+        self.joined[key] = (ranks, made)
         return made
 
     def forget(self, group: Group) -> None:
@@ -429,7 +451,9 @@ def current_group(group: GroupLike | None = None) -> Group:
     world of one.
 
     A ``torch.distributed.ProcessGroup`` or a one-dimensional ``DeviceMesh`` stands for a group of
-    the same ranks; the first use of one is collective.
+    the same ranks; the first use of one is collective. Where its backend for GPUs is NCCL and every
+    rank has a GPU, the group is one over NCCL with connections of its own, unless it is a mesh of
+    "cpu"; else it is on the CPU.
     """
     if group is None:
         if _process.simulations:  # else no thread has a group of its own; compilers trace this
@@ -456,10 +480,10 @@ def init_tensor_parallel(
 ) -> Group:
     """Join the other ranks and return the process's group; alone (no torchrun) a world of one.
 
-    ``backend``: "nccl" (one GPU per rank; ranks on one host), "shm" (shared memory within each
-    host; Gloo between hosts, over the interface that ``GLOO_SOCKET_IFNAME`` names), "auto" (nccl
-    where every rank has a GPU of its own, else shm), "c10d" (all ranks over
-    ``torch.distributed``'s default process group, made with Gloo where there is none).
+    ``backend``: "nccl" (one GPU per rank), "shm" (shared memory within each host; Gloo between
+    hosts, over the interface that ``GLOO_SOCKET_IFNAME`` names), "auto" (nccl where every rank has
+    a GPU of its own, else shm), "c10d" (all ranks over ``torch.distributed``'s default process
+    group, made with Gloo where there is none).
     ``timeout_s``: how long a collective waits for a living peer; ``init_timeout_s``: how long to
     wait for all ranks to start;
     ``frozen_timeout_s``: how long a peer on this host may give no sign of life (a stopped process;
@@ -504,17 +528,7 @@ def _init_process(
     if config.local_rank == 0:
         flight.prune(flight_folder())
     if config.local_world_size != config.world_size:
-        if backend == "nccl":
-            raise ValueError(
-                'backend "nccl" over several hosts is not available in this version: make a '
-                'torch.distributed process group over NCCL, or use "shm" (CPU)'
-            )
-        start = next(_process.starts)
-        group = Group(
-            replace(config, backend="shm+c10d"),
-            c10d.join_hosts(f"tp:{start}", job_address(config), config, start),
-            f"tp:{start}",
-        )
+        group = _join_hosts(backend, config, next(_process.starts))
     else:
         group = _make_group(
             config,
@@ -527,6 +541,35 @@ def _init_process(
     if "OMP_NUM_THREADS" not in os.environ:  # torchrun sets 1: its own or the user's choice stands
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.local_world_size))
     return group
+
+
+def _join_hosts(backend: str, config: TensorParallelConfig, start: int) -> Group:
+    """A group of ranks on several hosts; ``start``: how many this job has made before."""
+    name = f"tp:{start}"
+    hosts = c10d.meet_hosts(config, start, gpu.offer_of(backend, config))
+    is_on_gpus = gpu.choose_backend(hosts.offers) == "nccl"
+    config = gpu.on_gpu(config) if is_on_gpus else replace(config, backend="shm+c10d")
+    communicator = c10d.join_hosts(name, job_address(config), config, start, hosts)
+    if is_on_gpus:
+        communicator = _put_on_gpus(communicator, config, hosts.store)
+    return Group(config, communicator, name)
+
+
+def _put_on_gpus(
+    control: _C.Communicator, config: TensorParallelConfig, store: Store
+) -> _C.Communicator:
+    """The group of ``control``'s ranks over NCCL, registered in its place."""
+    try:
+        sockets = links.connect(store, config)
+        made = gpu.make_nccl(control, config.device.index, config.init_timeout_s, sockets)
+    except BaseException as error:
+        control.abort(f"{type(error).__name__}: {error}")  # those that still wait need not
+        control.close()
+        raise
+    finally:
+        _C.unregister(control.name)
+    _C.register(made.name, made)
+    return made
 
 
 def _make_group(

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // GPU ranks that reach each other's memory: how messages are cut, staged, followed by bias,
 // residual and norm, and what happens when a rank fails. The kernels are doubles here: they do on a
-// stream's thread, over the same memory and flags, what kernels/cuda.h says. TSan: ranks are
-// threads.
+// stream's thread, over the same memory and flags, what kernels/cuda.h says.
+//
+// TSan: ranks are threads.
 #include <atomic>
 #include <cstring>
 #include <functional>

@@ -12,6 +12,7 @@
 #include "core/error.h"
 #include "kernels/cpu/convert.h"
 #include "kernels/reduce.h"
+#include "memory_board.h"
 #include "thread_ranks.h"
 
 using namespace tp_native;        // NOLINT
@@ -19,73 +20,12 @@ using namespace tp_native::comm;  // NOLINT
 
 namespace {
 
-/// What a store is between hosts.
-struct Shared {
-  std::mutex mutex;
-  std::optional<Verdict> verdict;
-  std::vector<Status> ranks;
-  std::vector<std::function<void(const Verdict&)>> listeners;
-};
-
-class MemoryBoard final : public Board {
- public:
-  MemoryBoard(std::shared_ptr<Shared> shared, int rank)
-      : shared_(std::move(shared)), rank_(static_cast<size_t>(rank)) {}
-  Verdict claim(const Verdict& verdict) override {
-    std::vector<std::function<void(const Verdict&)>> listeners;
-    {
-      std::lock_guard lock(shared_->mutex);
-      if (shared_->verdict) return *shared_->verdict;
-      shared_->verdict = verdict;
-      listeners = shared_->listeners;
-    }
-    for (const auto& tell : listeners) {
-      if (tell) tell(verdict);
-    }
-    return verdict;
-  }
-  std::optional<Verdict> verdict() const override {
-    std::lock_guard lock(shared_->mutex);
-    return shared_->verdict;
-  }
-  int left_before(uint64_t seq) const override {
-    std::lock_guard lock(shared_->mutex);
-    for (size_t r = 0; r < shared_->ranks.size(); ++r) {
-      if (shared_->ranks[r].has_left && shared_->ranks[r].seq < seq) return static_cast<int>(r);
-    }
-    return -1;
-  }
-  void set_status(OpCode op, uint64_t seq, bool is_inside) override {
-    std::lock_guard lock(shared_->mutex);
-    shared_->ranks[rank_] = {true, false, is_inside, op, seq};
-  }
-  std::vector<Status> call_roll() override {
-    std::lock_guard lock(shared_->mutex);
-    return shared_->ranks;
-  }
-  void on_verdict(std::function<void(const Verdict&)> fn) override {
-    std::lock_guard lock(shared_->mutex);
-    shared_->listeners[rank_] = std::move(fn);
-  }
-  void leave() override {
-    std::lock_guard lock(shared_->mutex);
-    shared_->listeners[rank_] = nullptr;
-    shared_->ranks[rank_].has_left = true;
-  }
-
- private:
-  std::shared_ptr<Shared> shared_;
-  size_t rank_;
-};
-
 Ranks make(const std::vector<int64_t>& hosts, double timeout_s = 20) {
   static int count = 0;
   const std::string name = "test:two:" + std::to_string(count++);
   int size = 0;
   for (const int64_t n : hosts) size += static_cast<int>(n);
-  auto shared = std::make_shared<Shared>();
-  shared->ranks.resize(static_cast<size_t>(size), {true, false, false, OpCode::kBarrier, 0});
-  shared->listeners.resize(static_cast<size_t>(size));
+  auto shared = std::make_shared<SharedBoard>(size);
   const Ranks leaders = make_local(
       Identity{0, static_cast<int>(hosts.size()), name + "/leaders", "local", 0, timeout_s});
   Ranks ranks;
@@ -465,6 +405,26 @@ TEST(a_late_rank_is_named_though_its_leader_is_late_with_it) {
     CHECK(failure.kind == FailureKind::kTimeout);
     CHECK_EQ(failure.peer, 3);
   }
+}
+
+TEST(what_a_host_finds_between_collectives_is_told_to_all) {
+  const Ranks ranks = make({1, 2});
+  run_clean(ranks, [](Communicator& c) {
+    c.barrier(0, {});
+    c.look();
+    c.check();
+  });
+  const auto shared = std::make_shared<SharedBoard>(3);
+  const Ranks host = make_local(Identity{0, 2, "test:two:look", "local", 0, 5});
+  TwoLevel last({2, 3, "test:two:look", "two", 0, 5}, host[1], nullptr,
+                std::make_shared<MemoryBoard>(shared, 2), {1, 2});
+  last.look();
+  CHECK(!shared->verdict);
+  host[0]->abort("its GPU is gone");
+  last.look();
+  CHECK(shared->verdict.has_value());
+  CHECK_EQ(shared->verdict->culprit, 1);
+  CHECK_EQ(shared->verdict->text, "rank 1 aborted the group: its GPU is gone");
 }
 
 int main() { return check::run_all(); }

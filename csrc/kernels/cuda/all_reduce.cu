@@ -1,71 +1,26 @@
 // SPDX-License-Identifier: Apache-2.0
-// All-reduce in one shot (everyone reads everything) and in two (everyone reduces a slice, then
-// reads the others'); reduce-scatter is the first half of the second. See meeting.cuh for the
-// protocol.
+// Launches all-reduces and reduce-scatters. The protocol is in meeting.h.
 #include <cuda_runtime.h>
 
+#include "kernels/cuda/all_reduce.h"
 #include "kernels/cuda/collective.cuh"
 #include "kernels/cuda/rows.cuh"
 
 namespace tp_native::kernels::cuda {
 namespace {
 
-/// What is a rank's own in a collective.
-struct Operand {
-  const void* in;  ///< null: it lies in Peers::data
-  void* out;       ///< in slices: where the rank's own slice goes
-  const void* bias;
-  const void* residual;
-  const void* norm_weight;
-  void* hidden;
-  bool has_packs;
-};
-
-/// One launch: of one rank, or of all with blockIdx.y for the rank.
-struct Ranks {
-  Peers peers;
-  int first;  ///< the rank of blockIdx.y == 0
-  ReduceOp op;
-  int64_t rows;
-  int64_t columns;
-  double eps;
-  Operand operands[kMaxRanks];  ///< by blockIdx.y
-};
-
-template <class T>
-__device__ After<T> after_of(const Ranks& ranks, const Operand& operand) {
-  return {static_cast<const T*>(operand.bias),
-          static_cast<const T*>(operand.residual),
-          static_cast<const T*>(operand.norm_weight),
-          static_cast<T*>(operand.hidden),
-          ranks.columns,
-          ranks.eps};
-}
-
-template <class T>
-__device__ PeerTerms<T> terms_of(const Ranks& ranks, int rank, const T* in, const Meetings& met) {
-  PeerTerms<T> terms{ranks.peers.data, in ? met.buffer() : 0, ranks.peers.size, rank, in};
-  if (!in) terms.own = terms.staging(rank);
-  return terms;
-}
-
 template <class T, OpFamily kFamily, bool kHasAfter, int kBatch, int kDepth>
 __global__ void __launch_bounds__(kCollectiveThreads, 2)
     one_shot(const __grid_constant__ Ranks ranks) {
-  const Share share = share_of_collective();
-  const int rank = ranks.first + static_cast<int>(blockIdx.y);
-  const Operand operand = ranks.operands[blockIdx.y];
-  const auto* const in = static_cast<const T*>(operand.in);
-  const int64_t count = ranks.rows * ranks.columns;
-  Meetings meetings(ranks.peers, rank);
-  const PeerTerms<T> terms = terms_of(ranks, rank, in, meetings);
-  if (in) copy_flat(share, in, terms.staging(rank), count);
-  if (!meetings.meet()) return;
-  sum_flat<kFamily, kHasAfter, kBatch, kDepth>(share, terms, ranks.op, after_of<T>(ranks, operand),
-                                               operand.has_packs, count,
-                                               static_cast<T*>(operand.out));
-  if (!in && !meetings.meet()) return;
-  meetings.finish();
+  reduce_in_one_shot<T, kFamily, kHasAfter, kBatch, kDepth>(share_of_collective(), ranks,
+                                                            blockIdx.y);
+}
+
+template <class T, OpFamily kFamily, bool kGathers, int kBatch, int kDepth>
+__global__ void __launch_bounds__(kCollectiveThreads, 2)
+    in_slices(const __grid_constant__ Ranks ranks, const __grid_constant__ Slices slices) {
+  reduce_in_slices<T, kFamily, kGathers, kBatch, kDepth>(share_of_collective(), ranks, slices,
+                                                         blockIdx.y);
 }
 
 template <class T, int N, bool kIsKept, int kBatch, int kDepth>
@@ -73,52 +28,19 @@ __global__ void __launch_bounds__(kCollectiveThreads, 2)
     one_shot_and_norm(const __grid_constant__ Ranks ranks) {
   extern __shared__ uint4 kept[];
   const Share share = share_of_collective();
-  const int rank = ranks.first + static_cast<int>(blockIdx.y);
-  const Operand operand = ranks.operands[blockIdx.y];
-  const auto* const in = static_cast<const T*>(operand.in);
-  Meetings meetings(ranks.peers, rank);
-  const PeerTerms<T> terms = terms_of(ranks, rank, in, meetings);
-  if (in) {
+  Party<T> party(ranks, blockIdx.y, share);
+  if (party.in) {
     const Share whole{0, 1, share.thread, share.threads};
     for (int64_t row = share.block; row < ranks.rows; row += share.blocks) {
       const int64_t begin = row * ranks.columns;
-      copy_flat(whole, in + begin, terms.staging(rank) + begin, ranks.columns);
+      copy_flat(whole, party.in + begin, party.staging() + begin, ranks.columns);
     }
   }
-  if (!meetings.meet()) return;
+  if (!party.meetings.meet()) return;
   // rows go to blocks as they did above, on every rank and for every N
-  sum_rows<N, kBatch, kDepth, kIsKept>(share, terms, after_of<T>(ranks, operand), ranks.rows,
-                                       reinterpret_cast<T*>(kept), static_cast<T*>(operand.out));
-  if (!in && !meetings.meet()) return;
-  meetings.finish();
-}
-
-/// Stage the peers' slices, meet, reduce the own one into `out`; kGathers: and over its place in
-/// staging, which no peer reads before the next meeting; then copy the peers' slices around it.
-template <class T, OpFamily kFamily, bool kGathers, int kBatch, int kDepth>
-__global__ void __launch_bounds__(kCollectiveThreads, 2)
-    in_slices(const __grid_constant__ Ranks ranks, const __grid_constant__ Slices slices) {
-  const Share share = share_of_collective();
-  const int rank = ranks.first + static_cast<int>(blockIdx.y);
-  const Operand operand = ranks.operands[blockIdx.y];
-  const auto* const in = static_cast<const T*>(operand.in);
-  auto* const out = static_cast<T*>(operand.out);
-  Meetings meetings(ranks.peers, rank);
-  PeerTerms<T> terms = terms_of(ranks, rank, in, meetings);
-  terms.own += slices.begin[rank];
-  terms.shift = slices.staged[rank];
-  if (in) stage_slices(share, terms, slices, in);
-  if (!meetings.meet()) return;
-  T* const reduced = kGathers ? terms.staging(rank) + slices.staged[rank] : out;
-  sum_flat<kFamily, false, kBatch, kDepth>(share, terms, ranks.op, After<T>{}, operand.has_packs,
-                                           slices.length[rank], reduced,
-                                           kGathers && out != reduced ? out : nullptr);
-  if constexpr (kGathers) {
-    if (!meetings.meet()) return;
-    gather_slices(share, terms, slices, out - slices.begin[rank]);
-    if (!in && !meetings.meet()) return;
-  }
-  meetings.finish();
+  sum_rows<N, kBatch, kDepth, kIsKept>(share, party.terms, party.after, ranks.rows,
+                                       reinterpret_cast<T*>(kept), party.out);
+  party.leave();
 }
 
 /// How to launch: one rank on a stream, or all ranks at once.

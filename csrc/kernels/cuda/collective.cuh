@@ -9,17 +9,16 @@
 #include "kernels/cuda.h"
 #include "kernels/cuda/flat.h"
 #include "kernels/cuda/launch.h"
-#include "kernels/cuda/meeting.cuh"
+#include "kernels/cuda/meeting.h"
 
 namespace tp_native::kernels::cuda {
 
 constexpr int kCollectiveThreads = 256;
 /// Of one block in one round: kCollectiveThreads packs.
 constexpr int64_t kTileBytes = int64_t{kCollectiveThreads} * kPackBytes;
-/// As a default. Not tuned on a device; 4 ranks of so many are resident at once on one A100 or H200.
+/// As a default. Not tuned on a device; 4 ranks of so many are resident at once on one A100 or
+/// H200.
 constexpr int kDefaultBlocks = 48;
-
-static_assert(kCollectiveThreads >= kMaxBlocks, "Meetings::finish() writes in one round");
 
 __device__ inline Share share_of_collective() {
   return {blockIdx.x, gridDim.x, static_cast<int>(threadIdx.x), kCollectiveThreads};

@@ -19,7 +19,7 @@ template <class T>
 __global__ void __launch_bounds__(kCollectiveThreads, 2)
     gather_parts(const __grid_constant__ Peers peers, const __grid_constant__ Parts<T> parts) {
   const Share share = share_of_collective();
-  Meetings meetings(peers, peers.rank);
+  Meetings meetings(peers, peers.rank, share);
   const PeerTerms<T> terms{peers.data, meetings.buffer(), peers.size, peers.rank, parts.in};
   const int64_t own_length = parts.slices.length[peers.rank];
   T* const own_out = parts.out + parts.slices.begin[peers.rank];

@@ -2,7 +2,9 @@
 // Memory as kernels read and write it: packs in one access, and the words through which ranks meet.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
+#include <thread>
 
 #include "kernels/cuda/pack.h"
 
@@ -50,33 +52,66 @@ TPN_HOST_DEVICE void store(T* at, const Pack<T, N>& x) {
 #endif
 }
 
-#ifdef __CUDACC__
-/// Everything that this block did before a __syncthreads() comes first, on every device.
-__device__ inline void store_release(uint32_t* word, uint32_t value) {
+/// Everything that this block did before a sync_block() comes first, on every device.
+TPN_HOST_DEVICE inline void store_release(uint32_t* word, uint32_t value) {
+#ifdef __CUDA_ARCH__
   asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(word)),
                "r"(value)
                : "memory");
+#else
+  std::atomic_ref(*word).store(value, std::memory_order_release);
+#endif
 }
 
-/// What the writer released with the value is seen by this thread and, past a __syncthreads(), by
-/// its block.
-__device__ inline uint32_t load_acquire(const uint32_t* word) {
+/// What the writer released with the value is seen by this thread and, past a sync_block(), by its
+/// block.
+TPN_HOST_DEVICE inline uint32_t load_acquire(const uint32_t* word) {
+#ifdef __CUDA_ARCH__
   uint32_t value;
   asm volatile("ld.acquire.sys.global.u32 %0, [%1];"
                : "=r"(value)
                : "l"(__cvta_generic_to_global(word))
                : "memory");
   return value;
+#else
+  return std::atomic_ref(*const_cast<uint32_t*>(word)).load(std::memory_order_acquire);
+#endif
 }
 
 /// Read anew each time; orders nothing.
-__device__ inline uint32_t load_relaxed(const uint32_t* word) {
+TPN_HOST_DEVICE inline uint32_t load_relaxed(const uint32_t* word) {
+#ifdef __CUDA_ARCH__
   uint32_t value;
   asm volatile("ld.relaxed.sys.global.u32 %0, [%1];"
                : "=r"(value)
                : "l"(__cvta_generic_to_global(word)));
   return value;
-}
+#else
+  return std::atomic_ref(*const_cast<uint32_t*>(word)).load(std::memory_order_relaxed);
 #endif
+}
+
+/// Between two looks at a word that another processor will write.
+TPN_HOST_DEVICE inline void relax() {
+#ifndef __CUDA_ARCH__
+  std::this_thread::yield();
+#endif
+}
+
+/// On the host a block is one thread.
+TPN_HOST_DEVICE inline void sync_block() {
+#ifdef __CUDA_ARCH__
+  __syncthreads();
+#endif
+}
+
+/// In all threads: whether it is true in all.
+TPN_HOST_DEVICE inline bool sync_block_and(bool is_true) {
+#ifdef __CUDA_ARCH__
+  return __syncthreads_and(is_true) != 0;
+#else
+  return is_true;
+#endif
+}
 
 }  // namespace tp_native::kernels::cuda

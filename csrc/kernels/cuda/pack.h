@@ -67,20 +67,22 @@ TPN_HOST_DEVICE Wide<T, N> widen(const Pack<T, N>& x) {
   return wide;
 }
 
-template <class T, int N>
-TPN_HOST_DEVICE Pack<T, N> rounded(const Wide<T, N>& wide) {
+template <class T, int N, class Convert>
+TPN_HOST_DEVICE Pack<T, N> converted(const Wide<T, N>& wide, const Convert& convert) {
   Lanes<T, N> lanes;
   TPN_UNROLL
-  for (int k = 0; k < N; ++k) lanes.lane[k] = rounded<T>(wide.lane[k]);
+  for (int k = 0; k < N; ++k) lanes.lane[k] = convert(wide.lane[k]);
   return packed(lanes);
 }
 
 template <class T, int N>
+TPN_HOST_DEVICE Pack<T, N> rounded(const Wide<T, N>& wide) {
+  return converted(wide, [](Value<T> x) { return rounded<T>(x); });
+}
+
+template <class T, int N>
 TPN_HOST_DEVICE Pack<T, N> narrowed(const Wide<T, N>& wide) {
-  Lanes<T, N> lanes;
-  TPN_UNROLL
-  for (int k = 0; k < N; ++k) lanes.lane[k] = narrowed<T>(wide.lane[k]);
-  return packed(lanes);
+  return converted(wide, [](Value<T> x) { return narrowed<T>(x); });
 }
 
 template <OpFamily kFamily, class T, int N>

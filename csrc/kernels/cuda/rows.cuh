@@ -12,7 +12,7 @@ __device__ Value<T> scale_of_row(const T* h, int64_t columns, double eps) {
   using V = Value<T>;
   static_assert(kPartialSums == 32, "a lane for each");
   __shared__ V scale;
-  __syncthreads();  // h is whole, and nobody still reads the last row's scale
+  sync_block();  // h is whole, and nobody still reads the last row's scale
   if (threadIdx.x < kPartialSums) {
     V sum = sum_of_squares(h, columns, static_cast<int>(threadIdx.x));
     for (int half = kPartialSums / 2; half > 0; half /= 2) {
@@ -20,7 +20,7 @@ __device__ Value<T> scale_of_row(const T* h, int64_t columns, double eps) {
     }
     if (threadIdx.x == 0) scale = inverse_rms(sum, columns, eps);
   }
-  __syncthreads();
+  sync_block();
   return scale;
 }
 

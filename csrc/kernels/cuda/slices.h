@@ -85,6 +85,9 @@ struct Share {
 
   TPN_HOST_DEVICE int64_t first_pack() const { return block * threads + thread; }
   TPN_HOST_DEVICE int64_t stride() const { return blocks * threads; }
+  /// The first of the numbers n with n % blocks == block that is this thread's, in steps of
+  /// stride().
+  TPN_HOST_DEVICE int64_t first_of_blocks() const { return block + thread * blocks; }
 
   /// visit(i) for this thread's elements of [taken, count), where `taken` elements are in packs of
   /// `lanes`.

@@ -27,12 +27,15 @@
 //
 // Operands that are not staged have no second buffer: such a collective ends with another meeting,
 // after the last read, and until then their owners' kernels are not over.
+//
+// The host runs all of this too, with a thread for a block (tests/csrc/test_cuda_protocol.cpp).
 #pragma once
 
 #include <cstdint>
 
 #include "kernels/cuda.h"
 #include "kernels/cuda/memory.h"
+#include "kernels/cuda/slices.h"
 
 namespace tp_native::kernels::cuda {
 
@@ -41,49 +44,58 @@ constexpr uint32_t kSpinsPerPoll = 256;
 /// One rank's block in one collective.
 class Meetings {
  public:
-  /// All threads; `rank` may differ from peers.rank, which is not read.
-  __device__ Meetings(const Peers& peers, int rank)
+  /// All threads of the block; `rank` may differ from peers.rank, which is not read.
+  TPN_HOST_DEVICE Meetings(const Peers& peers, int rank, const Share& share)
       : peers_(peers),
         rank_(rank),
-        epoch_(epochs()[blockIdx.x]),
-        sequence_(sequences()[blockIdx.x]) {}
+        share_(share),
+        epoch_(epochs()[share.block]),
+        sequence_(sequences()[share.block]) {}
 
   /// The bytes to add to Peers::data for this collective.
-  __device__ int64_t buffer() const { return sequence_ % 2 * peers_.buffer_bytes; }
+  TPN_HOST_DEVICE int64_t buffer() const { return sequence_ % 2 * peers_.buffer_bytes; }
 
   /// Waits for the block of this index of every rank. False in all threads: abort was set.
-  __device__ bool meet() {
+  TPN_HOST_DEVICE bool meet() {
     ++epoch_;
-    __syncthreads();
-    const int peer = static_cast<int>(threadIdx.x);
-    bool has_come = true;
-    if (peer < peers_.size) {
-      store_release(peers_.flags[peer] + blockIdx.x * kMaxRanks + rank_, epoch_);
-      has_come = await(peers_.flags[rank_] + blockIdx.x * kMaxRanks + peer);
+    sync_block();
+    for (int peer = share_.thread; peer < peers_.size; peer += share_.threads) {
+      store_release(arrival(peer, rank_), epoch_);
     }
-    return __syncthreads_and(has_come) != 0;
+    bool have_come = true;
+    for (int peer = share_.thread; peer < peers_.size; peer += share_.threads) {
+      have_come = have_come && await(arrival(rank_, peer));
+    }
+    return sync_block_and(have_come);
   }
 
   /// After the last meeting; a kernel that was aborted leaves without.
-  __device__ void finish() {
-    if (threadIdx.x == 0) epochs()[blockIdx.x] = epoch_;
-    const unsigned block = blockIdx.x + threadIdx.x * gridDim.x;  // and those that sat out
-    if (block < kMaxBlocks) sequences()[block] = sequence_ + 1;
+  TPN_HOST_DEVICE void finish() {
+    if (share_.thread == 0) epochs()[share_.block] = epoch_;
+    TPN_UNROLL_BY(1)
+    for (int64_t b = share_.first_of_blocks(); b < kMaxBlocks; b += share_.stride()) {
+      sequences()[b] = sequence_ + 1;  // the block's own, and of those that sat out
+    }
   }
 
  private:
-  __device__ uint32_t* epochs() const { return peers_.flags[rank_] + kMaxBlocks * kMaxRanks; }
-  __device__ uint32_t* sequences() const { return epochs() + kMaxBlocks; }
+  TPN_HOST_DEVICE uint32_t* arrival(int at, int of) const {
+    return peers_.flags[at] + share_.block * kMaxRanks + of;
+  }
+  TPN_HOST_DEVICE uint32_t* epochs() const { return peers_.flags[rank_] + kMaxBlocks * kMaxRanks; }
+  TPN_HOST_DEVICE uint32_t* sequences() const { return epochs() + kMaxBlocks; }
 
-  __device__ bool await(const uint32_t* arrival) const {
-    for (uint32_t spins = 1; static_cast<int32_t>(load_acquire(arrival) - epoch_) < 0; ++spins) {
+  TPN_HOST_DEVICE bool await(const uint32_t* word) const {
+    for (uint32_t spins = 1; static_cast<int32_t>(load_acquire(word) - epoch_) < 0; ++spins) {
       if (spins % kSpinsPerPoll == 0 && load_relaxed(peers_.abort) != 0) return false;
+      relax();
     }
     return true;
   }
 
   const Peers& peers_;
   const int rank_;
+  const Share share_;
   uint32_t epoch_;
   const uint32_t sequence_;
 };
