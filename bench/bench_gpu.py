@@ -248,9 +248,11 @@ class Layer:
 
 
 def check_close(y: Tensor, exact: Tensor) -> None:
-    """Rounded to bf16 once or twice, and by a tanh that is good to 2^-11."""
+    """Rounded to bf16 up to four times (2^-9 each; SiLU and GELU can double what their argument was
+    off by), and by a tanh that is good to 2^-11.
+    """
     got = y[: exact.shape[0]].double()
-    limit = 2 * 2**-8 * exact.abs() + 2**-7 * exact.abs().mean() + 2e-3
+    limit = 4 * 2**-8 * exact.abs() + 2**-7 * exact.abs().mean() + 2e-3
     wrong = int(((got - exact).abs() > limit).sum())
     if wrong or not bool(torch.isfinite(y).all()):
         raise AssertionError(f"{wrong} of {exact.numel()} values are wrong, or some are not finite")

@@ -81,7 +81,8 @@ def test_the_gpu_of_a_process_groups_rank(
     assert gpu.device_of(bound, current, local_rank, count) == expected
 
 
-OVER_NCCL = """
+# two thread ranks, one of which ends the group; `make` is told later
+TWO_RANKS = """
 import sys, threading
 import tp_native as tp
 from tp_native import _C
@@ -91,9 +92,9 @@ assert _C.gpu_status() == (True, "") and _C.is_available("nccl")
 controls = _C.make_local("tp:gpu", 2, 5.0)
 made, told = [None, None], [None, None]
 
-def start(rank, nccl=sys.argv[1] + "/libfake_nccl.so"):
+def start(rank):
     try:
-        made[rank] = _C.make_nccl(controls[rank], rank, 5.0, 0, 0, False, nccl, [])
+        made[rank] = make(controls[rank], rank)
         made[rank].barrier(0.0)
         if rank == 0:
             made[0].abort("enough")
@@ -102,9 +103,16 @@ def start(rank, nccl=sys.argv[1] + "/libfake_nccl.so"):
     except tp.TensorParallelError as error:
         told[rank] = str(error)
 
-threads = [threading.Thread(target=start, args=(rank,)) for rank in range(2)]
-[thread.start() for thread in threads]
-[thread.join() for thread in threads]
+def run():
+    threads = [threading.Thread(target=start, args=(rank,)) for rank in range(2)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+"""
+
+OVER_NCCL = """
+nccl = sys.argv[1] + "/libfake_nccl.so"
+make = lambda control, rank: _C.make_nccl(control, rank, 5.0, 0, 0, False, nccl, [])
+run()
 assert all("rank 0 aborted the group: enough" in text for text in told), told
 assert [c.backend for c in made] == ["nccl"] * 2 and made[0].name == "tp:gpu"
 assert [line[1] for line in made[1].op_log()] == ["init", "barrier"]
@@ -123,7 +131,7 @@ except tp.TensorParallelError as error:
 @needs_doubles
 def test_a_group_over_nccl_in_python() -> None:
     ran = subprocess.run(
-        [sys.executable, "-c", OVER_NCCL, str(DOUBLES)],
+        [sys.executable, "-c", TWO_RANKS + OVER_NCCL, str(DOUBLES)],
         capture_output=True,
         text=True,
         timeout=60,
@@ -157,28 +165,8 @@ def works_like_a_group(group: Group) -> None:
 
 
 OVER_PEERS = """
-import sys, threading
-import tp_native as tp
-from tp_native import _C
-
-_C.use_driver(sys.argv[1] + "/libfake_cuda.so")
-controls = _C.make_local("tp:peers", 2, 5.0)
-made, told = [None, None], [None, None]
-
-def start(rank):
-    try:
-        made[rank] = _C.make_peers(0, controls[rank])
-        made[rank].barrier(0.0)
-        if rank == 0:
-            made[0].abort("enough")
-        while True:
-            made[rank].check()
-    except tp.TensorParallelError as error:
-        told[rank] = str(error)
-
-threads = [threading.Thread(target=start, args=(rank,)) for rank in range(2)]
-[thread.start() for thread in threads]
-[thread.join() for thread in threads]
+make = lambda control, rank: _C.make_peers(0, control)
+run()
 expected = "rank 0 aborted the group: enough" if _C.has_cuda_kernels() else "has no CUDA kernels"
 assert all(expected in text for text in told), told
 [c.close() for c in made if c]
@@ -188,7 +176,7 @@ assert all(expected in text for text in told), told
 @needs_doubles
 def test_thread_ranks_meet_on_one_gpu() -> None:
     ran = subprocess.run(
-        [sys.executable, "-c", OVER_PEERS, str(DOUBLES)],
+        [sys.executable, "-c", TWO_RANKS + OVER_PEERS, str(DOUBLES)],
         capture_output=True,
         text=True,
         timeout=60,
