@@ -441,16 +441,13 @@ def works_over_a_process_group(group: Group, folder: str) -> None:
     plain.close()  # no rank had a GPU
     pretend_gpus(folder)
     ranks = dist.new_group()
-    before = len(dist.distributed_c10d._world.pg_map)
     mesh = DeviceMesh.from_group(ranks, "cpu")
-    for _ in range(2):
+    for _ in range(5):
         made = tp.current_group(ranks)
         works_like_a_group(made)
         assert made is tp.current_group(ranks) is not group
         assert tp.current_group(mesh).backend == "c10d"  # it says so
-        assert len(dist.distributed_c10d._world.pg_map) == before + 1  # the one beside it
         made.close()
-        assert len(dist.distributed_c10d._world.pg_map) == before
         group.barrier()
 
 

@@ -104,31 +104,24 @@ def has_gpus(group: dist.ProcessGroup, name: str, config: TensorParallelConfig) 
     return gpu.choose_backend(offers) == "nccl"
 
 
-def beside(group: dist.ProcessGroup, config: TensorParallelConfig) -> dist.ProcessGroup:
-    """The same ranks over Gloo, whatever ``group`` is over. Collective; :func:`forget` ends it."""
-    ranks = dist.get_process_group_ranks(group)
-    kept: dict[str, Any] = {"sort_ranks": False} if ranks != sorted(ranks) else {}  # new in 2.13
-    made = dist.new_group(
-        ranks,
-        timeout=timeout(config.init_timeout_s),
-        backend="gloo",
-        use_local_synchronization=True,
-        **kept,
-    )
-    assert isinstance(made, dist.ProcessGroup)
-    return made
-
-
-def forget(group: dist.ProcessGroup) -> None:
-    """End a group that :func:`beside` made, unless torch.distributed has ended."""
-    if group in dist.distributed_c10d._world.pg_map:
-        dist.destroy_process_group(group)
-
-
 def join(name: str, process_group_name: str, timeout_s: float) -> _C.Communicator:
     """Group ``name`` over the process group of that name, registered. Called on all its ranks."""
     _ops.join_c10d(name, process_group_name, timeout_s)
     return _C.find(name)
+
+
+def join_beside(
+    name: str, group: dist.ProcessGroup, config: TensorParallelConfig
+) -> _C.Communicator:
+    """Group ``name`` of the ranks of ``group``, over Gloo connections of its own; registered."""
+    # not dist.new_group(use_local_synchronization=True): it gives a second group of the same ranks
+    # the first one's name, and the first one's addresses in the store
+    store = PrefixStore(f"tp_native/{name}/beside", store_of(group))
+    beside = f"{name}/beside"
+    held = _over_gloo(beside, store, config.rank, config.world_size, config.init_timeout_s)
+    made = join(name, beside, config.timeout_s)
+    del held  # the native core keeps it
+    return made
 
 
 # -- several hosts
@@ -304,17 +297,25 @@ def join_hosts(
     leaders = ""
     if local_rank == 0:
         leaders = f"{name}/leaders"
-        backend = ProcessGroupGloo(
-            PrefixStore("leaders", store), host, len(sizes), timeout(config.init_timeout_s)
-        )
-        linked = _process_group(leaders, store, host, len(sizes))
-        linked._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
+        between = PrefixStore("leaders", store)
+        linked = _over_gloo(leaders, between, host, len(sizes), config.init_timeout_s)
         join(leaders, leaders, timeout_s)
+        del linked
     job = f"{name}/job"
     held = _process_group(job, store, rank, size)
     _ops.join_hosts(name, intra.name, leaders, job, sizes, timeout_s)
     del held  # found by its name; the native core keeps its store
     return _C.find(name)
+
+
+def _over_gloo(
+    name: str, store: Store, rank: int, size: int, init_timeout_s: float
+) -> dist.ProcessGroup:
+    """A :func:`_process_group` that moves CPU tensors. Collective."""
+    backend = ProcessGroupGloo(store, rank, size, timeout(init_timeout_s))
+    group = _process_group(name, store, rank, size)
+    group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, backend)
+    return group
 
 
 def _process_group(name: str, store: Store, rank: int, size: int) -> dist.ProcessGroup:

@@ -55,7 +55,6 @@ class Group:
         address: str = "",
         make: _Make | None = None,
         order: Tensor | None = None,
-        side: dist.ProcessGroup | None = None,
     ) -> None:
         self.config = config
         self.rank = config.rank
@@ -71,7 +70,6 @@ class Group:
         self._communicator = communicator
         self._address = address  # where its ranks meet; groups made from it meet beside it
         self._make = make
-        self._side = side  # made for this group, ends with it
         self._splits = 0
         self._local_splits: list[Group] = []  # end with it
         self._generator: torch.Generator | None = None
@@ -312,8 +310,6 @@ class Group:
         if self._communicator is not None:
             self._communicator.close()
             _C.unregister(self.name)
-        if self._side is not None:
-            c10d.forget(self._side)
         _process.forget(self)
 
     def __enter__(self) -> Self:
@@ -403,20 +399,16 @@ class _Process:
             world_size=ranks.size(),
             backend="c10d",
         )
-        communicator = side = None
-        if is_over_nccl and not is_of_cpus and c10d.has_gpus(ranks, name, config):
+        communicator = None
+        is_on_gpus = is_over_nccl and not is_of_cpus and c10d.has_gpus(ranks, name, config)
+        if is_on_gpus:
             config = gpu.on_gpu(config, gpu.index_in(ranks, config))
-            side = c10d.beside(ranks, config) if ranks.size() > 1 else None
-        if ranks.size() > 1:
-            communicator = c10d.join(name, (side or ranks).group_name, config.timeout_s)
-        if communicator is not None and side is not None:
-            store = PrefixStore(f"tp_native/{name}", c10d.store_of(side))
-            try:
-                communicator = _put_on_gpus(communicator, config, store)
-            except BaseException:
-                c10d.forget(side)
-                raise
-        made = Group(config, communicator, name, side=side)
+        if is_on_gpus and ranks.size() > 1:
+            store = PrefixStore(f"tp_native/{name}", c10d.store_of(ranks))
+            communicator = _put_on_gpus(c10d.join_beside(name, ranks, config), config, store)
+        elif ranks.size() > 1:
+            communicator = c10d.join(name, ranks.group_name, config.timeout_s)
+        made = Group(config, communicator, name)
         self.joined[key] = (ranks, made)
         return made
 
