@@ -191,7 +191,7 @@ def renews_what_is_closed(group: Group) -> None:
 
 def test_a_group_of_threads_or_one_says_what_it_cannot() -> None:
     def renews(group: Group) -> None:
-        with pytest.raises(ValueError, match="only a shm group"):
+        with pytest.raises(ValueError, match="only one whose ranks share a host"):
             group.renew()
 
     tp.simulate(renews, 2)
