@@ -7,7 +7,6 @@
 
 #include "core/callbacks.h"
 #include "core/clock.h"
-#include "core/fault.h"
 #include "kernels/cuda.h"
 
 namespace tp_native::comm {
@@ -75,7 +74,6 @@ void NcclCommunicator::connect(const nccl::UniqueId& id, nccl::Config config, do
     int result = 0;
     {
       std::lock_guard lock(nccl_mutex_);
-      TPN_FAULT("nccl.init");
       result = api_.CommInitRankConfig(&handle_, identity_.size, id, identity_.rank, &config);
     }
     await_ready("CommInitRankConfig", result);
@@ -124,7 +122,6 @@ void NcclCommunicator::call(const char* name, const Call& fn) {
   int result = nccl::kInternalError;
   {
     std::lock_guard lock(nccl_mutex_);
-    TPN_FAULT("nccl.call");
     if (handle_) result = fn(handle_);
   }
   if (result == nccl::kInProgress) {
