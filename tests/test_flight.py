@@ -9,7 +9,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +36,17 @@ def fails_after(group: Group, steps: int, culprit: int) -> str:
 
 
 def waits(group: Group) -> str:
+    """Barriers until rank 1 dies before the third."""
     group.all_reduce_(torch.ones(5))
+    group.broadcast_(torch.ones(7, dtype=torch.bfloat16), 1)
     try:
-        group.broadcast_(torch.ones(7, dtype=torch.bfloat16), 1)
-        while True:
+        for step in range(1000):
+            if group.rank == 1 and step == 2:
+                os.kill(os.getpid(), signal.SIGKILL)
             group.barrier()
-            time.sleep(0.01)
     except tp.TensorParallelError as error:
         return str(error)
+    return "nothing happened"
 
 
 def blame(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -92,21 +94,38 @@ def test_a_mismatch_is_told_with_the_operations_of_all_ranks(tmp_path: Path) -> 
 
 def test_the_dead_ranks_operations_are_there_too(tmp_path: Path) -> None:
     def act(world: World) -> list[str]:
-        world.meet()
         world.start(waits)
-        time.sleep(0.6)
-        world.signal(1, signal.SIGKILL)
         return [o.result for o in world.outcomes(20) if o is not None]
 
     record, file, texts = records_of(tmp_path, 2, act)
     pid = record["ranks"][1]["pid"]
     assert record["failure"]["kind"] == "peer_lost" and record["failure"]["culprit"] == 1
     dead = record["ranks"][1]["operations"]
-    assert [op["op"] for op in dead[:4]] == ["barrier", "all_reduce", "broadcast", "barrier"]
+    names = ["barrier", "all_reduce", "broadcast", "barrier", "barrier"]
+    assert [op["op"] for op in dead] == names
     assert dead[2]["dtype"] == "bfloat16" and dead[2]["root"] == 1
-    assert re.search(rf"rank 1 \(pid {pid}\) died (in|after) barrier #\d+", texts[0])
+    assert re.search(rf"rank 1 \(pid {pid}\) died after barrier #5", texts[0])
     told = blame(file).stdout
     assert f"1     {pid}" in told and "the ranks agree in all" in told
+
+
+def dies_or_looks(group: Group, folder: str) -> int:
+    if group.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(tp.PeerLostError):
+        group.barrier()
+    return len(list(Path(folder).glob("flight-*.json")))
+
+
+def test_the_record_is_there_when_the_rank_that_writes_it_raises(tmp_path: Path) -> None:
+    slow = {"TP_NATIVE_FLIGHT_DIR": str(tmp_path), "TP_NATIVE_FAULT": "flight.write:1:delay=300"}
+    world = World(2, env=[slow] * 2, fresh=True)
+    try:
+        world.start(dies_or_looks, str(tmp_path))
+        survivor, _ = world.outcomes(30)
+        assert survivor is not None and survivor.result == 1, survivor and survivor.text
+    finally:
+        world.kill()
 
 
 def test_the_place_can_be_chosen_or_refused(

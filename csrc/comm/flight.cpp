@@ -10,6 +10,7 @@
 #include <ctime>
 #include <filesystem>
 
+#include "core/fault.h"
 #include "core/unique.h"
 
 namespace tp_native::comm {
@@ -218,6 +219,7 @@ void write_flight_record(const Identity& identity, std::span<RankHeader* const> 
   try {
     const std::string path = flight_path(identity, *headers[0]);
     if (path.empty() || ::access(path.c_str(), F_OK) == 0) return;
+    TPN_FAULT("flight.write");
     const std::string json = to_json(identity, headers, kind, culprit, text, clock);
     std::error_code ignored;
     std::filesystem::create_directories(identity.flight_folder, ignored);

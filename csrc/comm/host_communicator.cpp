@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <thread>
 
 #include "core/callbacks.h"
 #include "core/fault.h"
@@ -21,6 +22,7 @@ constexpr long kSliceNanoseconds =
     20'000'000;  // a lost wake-up or a signal costs one slice at most
 constexpr double kWarnSeconds = 30;
 constexpr double kNoteSeconds = 0.05;
+constexpr double kRecordSeconds = 1;  // a record is written in milliseconds, unless the disk hangs
 constexpr double kWarmUpSeconds = 0.25;   // first steps touch new memory: nobody is slow yet
 constexpr double kPromptSeconds = 50e-6;  // who comes within this is not called slow
 
@@ -393,14 +395,18 @@ void HostCommunicator::publish_abort(FailureKind kind, int culprit,
     mine.culprit = culprit;
     copy_text(mine.text, text);
     TPN_FAULT("abort.publish");
+    is_recording_.store(kind != FailureKind::kInterrupted, std::memory_order_relaxed);
     uint32_t none = 0;  // proof: abort.claim
     if (!verdict.compare_exchange_strong(none, static_cast<uint32_t>(identity_.rank) + 1,
-                                         std::memory_order_acq_rel))
+                                         std::memory_order_acq_rel)) {
+      is_recording_.store(false, std::memory_order_relaxed);
       return;
+    }
   }
   for (int r = 0; r < identity_.size; ++r) wake(r);
   if (kind != FailureKind::kInterrupted)
     write_flight_record(identity_, headers(), kind, culprit, text, clock_);
+  is_recording_.store(false, std::memory_order_release);  // flight_hint() waits for it
 }
 
 void HostCommunicator::abort(const std::string& reason) {
@@ -446,6 +452,10 @@ FailureRecord HostCommunicator::failure_record(FailureKind kind, int culprit,
 
 std::string HostCommunicator::flight_hint() const {
   const std::string path = flight_path(identity_, *peers_[0].header());
+  // the watch may be writing it still, and a process that ends now would take the record with it
+  for (const double end_s = now_s() + kRecordSeconds;
+       is_recording_.load(std::memory_order_acquire) && now_s() < end_s;)
+    std::this_thread::sleep_for(std::chrono::microseconds(200));
   return path.empty() ? path : concat("; flight record: ", path, " (tp-native blame ", path, ")");
 }
 

@@ -153,6 +153,7 @@ class HostCommunicator final : public Communicator {
   int spin_pauses_;
   StampClock clock_;
 
+  std::atomic<bool> is_recording_{false};  ///< a thread of this rank writes the flight record
   std::mutex abort_mutex_;    ///< guards this rank's abort record until a verdict is passed
   mutable std::mutex mutex_;  ///< one collective of this rank at a time; guards what follows
   const Signature* current_ = nullptr;

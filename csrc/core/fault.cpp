@@ -19,10 +19,9 @@ namespace {
 
 // every TPN_FAULT in the tree; tests/test_fault_points.py compares
 constexpr std::string_view kSites[] = {
-    "meet.listen",   "meet.hello", "meet.welcome", "arena.back",  "collective.enter",
-    "announce",      "announced",  "await",        "sleep",       "check",
-    "stage.put",     "stage.post", "stage.take",   "shared.push", "shared.post",
-    "abort.publish", "leave",
+    "meet.listen", "meet.hello",  "meet.welcome", "arena.back",    "collective.enter", "announce",
+    "announced",   "await",       "sleep",        "check",         "stage.put",        "stage.post",
+    "stage.take",  "shared.push", "shared.post",  "abort.publish", "flight.write",     "leave",
 };
 
 enum class Action { kKill, kStop, kDelay, kErrno };
