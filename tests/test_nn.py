@@ -268,8 +268,8 @@ def bad_input(group: Group) -> None:
         column(torch.ones(2, 8, device="meta"))
     with pytest.raises(ValueError, match=r"add up|sizes"):
         ColumnParallelLinear(8, 12, group=group, partition=tp.Partition.from_sizes([3, 3]))
-    with pytest.raises(ValueError, match="sequence_parallel=True is not available"):
-        RowParallelLinear(8, 12, group=group, sequence_parallel=True)
+    with pytest.raises(ValueError, match="it needs input_is_parallel=True"):
+        RowParallelLinear(8, 12, group=group, sequence_parallel=True, input_is_parallel=False)
     with pytest.raises(ValueError, match="activation 'tanh': expected None or one of"):
         ColumnParallelLinear(8, 12, group=group, activation="tanh")
     with pytest.raises(ValueError, match="every rank would add it"):

@@ -41,6 +41,7 @@ def samples(group: Group) -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "glu_backward", (torch.randn(2, 3, 4), torch.randn(2, 3, 8), "silu")
     yield "all_reduce", (t(7), order, "sum", name)
     yield "copy_to_ranks", (t(7), order, name)
+    yield "scatter_to_ranks", (t(3, sum(widths)), order, widths, -1, rank, name)
     yield "broadcast", (t(7), order, 0, rank, name)
     yield "all_gather", (t(3, mine), order, widths, -1, "replicated", rank, name)
     yield "all_gather", (t(3, 4), order, [4] * size, 1, "partial", rank, name)

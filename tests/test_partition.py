@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tp_native.partition import Partition
+from tp_native.partition import Partition, ShardLayout, cut_heads
 
 SIZES = st.integers(0, 10_000)
 RANKS = st.integers(1, 17)
@@ -128,3 +130,64 @@ def test_check_names_both_values_and_the_way_out() -> None:
         p[2]
     with pytest.raises(IndexError):
         p.offset(-1)
+
+
+def test_heads_are_cut_as_promised_for_every_size() -> None:
+    """Promise 3: each query beside its key/value head, every one once, and as even as groups
+    allow.
+    """
+    for heads in range(1, 65):
+        for kv_heads in (n for n in range(1, heads + 1) if heads % n == 0):
+            for ranks in range(1, 9):
+                queries, kv = cut_heads(heads, kv_heads, ranks)
+                queries.check(heads, ranks)
+                kv.check(kv_heads, ranks)
+                for rank in range(ranks):
+                    held = [h for a, b in kv.ranges[rank] for h in range(a, b)]
+                    mine = queries.slice(rank)
+                    needed = {q * kv_heads // heads for q in range(mine.start, mine.stop)}
+                    assert set(held) == needed and len(held) == len(needed)
+                    assert not held or queries[rank] % len(held) == 0
+                    # sdpa pairs queries with key/value heads in runs of equal length
+                    runs = [q * kv_heads // heads for q in range(mine.start, mine.stop)]
+                    assert all(runs.count(h) == queries[rank] // len(held) for h in held)
+                owned = [kv.owned(rank) for rank in range(ranks)]
+                assert sum(b - a for places in owned for a, b in places) == kv_heads
+                assert kv.is_replicated == (kv.local_sizes.size > kv_heads)
+                groups_per_rank = -(-kv_heads // ranks)
+                assert max(queries) <= groups_per_rank * (heads // kv_heads)
+
+
+def test_stacked_parts_are_cut_each_on_its_own() -> None:
+    gate = Partition.from_sizes([3, 2])
+    layout = ShardLayout.stacked([gate, gate])
+    assert layout.ranges == (((0, 3), (5, 8)), ((3, 5), (8, 10)))
+    assert layout.local_sizes == Partition.from_sizes([6, 4]) and not layout.is_consecutive
+    assert layout.owned(1) == [(0, 2), (2, 4)] and layout.scaled(2).ranges[1] == ((6, 10), (16, 20))
+    assert ShardLayout.of(gate).is_consecutive and ShardLayout.of(layout) is layout
+    shared = ShardLayout(2, (((0, 1),), ((0, 1),), ((1, 2),)))
+    assert shared.is_replicated and [shared.owned(rank) for rank in range(3)] == [
+        [(0, 1)],
+        [],
+        [(0, 1)],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: ShardLayout(4, (((0, 2),), ((3, 4),))), "range 3:4 after 2"),
+        (lambda: ShardLayout(4, (((0, 3),), ((2, 4),))), "range 2:4 after 3"),
+        (lambda: ShardLayout(4, (((0, 2),), ((2, 3),))), "nobody holds 3:4"),
+        (lambda: ShardLayout(4, (((0, 5),), ())), "range 0:5"),
+        (lambda: ShardLayout.of(Partition.even(4, 2)).check(4, 3), "for 2 ranks, but"),
+        (
+            lambda: ShardLayout.stacked([Partition.even(4, 2), Partition.even(4, 3)]),
+            r"parts for \[2, 3\] ranks",
+        ),
+        (lambda: cut_heads(28, 5, 2), r"nearest legal num_kv_heads are \[2, 4, 7\]"),
+    ],
+)
+def test_bad_layouts_are_named(make: Callable[[], object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make()

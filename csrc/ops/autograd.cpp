@@ -43,6 +43,14 @@ c10::SymInt offset_of(int64_t rank, const std::vector<c10::SymInt>& sizes) {
   return first;
 }
 
+/// The whole gradient of what `forward` cut along "dim" into "sizes".
+Tensor gathered(AutogradContext* ctx, const Tensor& grad) {
+  static const auto kOp = find_op<AllGather>("tp_native::all_gather");
+  return kOp.call(grad, order_of(ctx), ctx->saved_data["sizes"].toSymIntVector(),
+                  ctx->saved_data["dim"].toInt(), "replicated", ctx->saved_data["rank"].toInt(),
+                  group_of(ctx));
+}
+
 struct AllReduceFunction : Function<AllReduceFunction> {
   static Tensor forward(AutogradContext*, const Tensor& t, const Tensor& order, std::string op,
                         std::string group) {
@@ -118,6 +126,23 @@ struct AllGatherFunction : Function<AllGatherFunction> {
   }
 };
 
+struct ScatterToRanksFunction : Function<ScatterToRanksFunction> {
+  static Tensor forward(AutogradContext* ctx, const Tensor& t, const Tensor& order,
+                        std::vector<c10::SymInt> sizes, int64_t dim, int64_t rank,
+                        std::string group) {
+    save_order(ctx, order, group);
+    ctx->saved_data["rank"] = rank;
+    ctx->saved_data["dim"] = dim < 0 ? dim + t.dim() : dim;
+    ctx->saved_data["sizes"] = c10::IValue(sizes);
+    static const auto kOp = find_op<ScatterToRanks>("tp_native::scatter_to_ranks");
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return kOp.call(t, order, sizes, dim, rank, group);
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    return {gathered(ctx, grads[0]), none(), none(), none(), none(), none()};
+  }
+};
+
 struct ReduceScatterFunction : Function<ReduceScatterFunction> {
   static Tensor forward(AutogradContext* ctx, const Tensor& t, const Tensor& order,
                         std::vector<c10::SymInt> sizes, int64_t dim, std::string op, int64_t rank,
@@ -132,11 +157,8 @@ struct ReduceScatterFunction : Function<ReduceScatterFunction> {
     return kOp.call(t, order, sizes, dim, op, rank, group);
   }
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
-    static const auto kOp = find_op<AllGather>("tp_native::all_gather");
     const int64_t divisor = ctx->saved_data["divisor"].toInt();
-    const auto sizes = ctx->saved_data["sizes"].toSymIntVector();
-    const Tensor whole = kOp.call(grads[0], order_of(ctx), sizes, ctx->saved_data["dim"].toInt(),
-                                  "replicated", ctx->saved_data["rank"].toInt(), group_of(ctx));
+    const Tensor whole = gathered(ctx, grads[0]);
     return {
         divisor == 1 ? whole : whole.div(divisor), none(), none(), none(), none(), none(), none()};
   }
@@ -280,6 +302,14 @@ Tensor copy_to_ranks(const Tensor& t, const Tensor& order, std::string_view grou
   return CopyToRanksFunction::apply(t, order, std::string(group));
 }
 
+Tensor scatter_to_ranks(const Tensor& t, const Tensor& order, Sizes sizes, int64_t dim,
+                        int64_t rank, std::string_view group) {
+  if (!needs_grad(t)) {
+    return below<ScatterToRanks, "tp_native::scatter_to_ranks">(t, order, sizes, dim, rank, group);
+  }
+  return ScatterToRanksFunction::apply(t, order, sizes.vec(), dim, rank, std::string(group));
+}
+
 Tensor broadcast(const Tensor& t, const Tensor& order, int64_t src, int64_t rank,
                  std::string_view group) {
   if (!needs_grad(t)) return below<Broadcast, "tp_native::broadcast">(t, order, src, rank, group);
@@ -389,6 +419,7 @@ TORCH_LIBRARY_IMPL(tp_native, Autograd, m) {
   m.impl("broadcast_", &broadcast_in_place);
   m.impl("all_reduce", &all_reduce);
   m.impl("copy_to_ranks", &copy_to_ranks);
+  m.impl("scatter_to_ranks", &scatter_to_ranks);
   m.impl("broadcast", &broadcast);
   m.impl("all_gather", &all_gather);
   m.impl("reduce_scatter", &reduce_scatter);

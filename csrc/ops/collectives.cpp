@@ -71,6 +71,18 @@ Tensor all_reduce(const Tensor& t, const Tensor&, std::string_view op, std::stri
 
 Tensor copy_to_ranks(const Tensor& t, const Tensor&, std::string_view) { return t.clone(); }
 
+Tensor scatter_to_ranks(const Tensor& t, const Tensor&, Sizes symbolic, int64_t dim, int64_t rank,
+                        std::string_view group) {
+  const comm::Identity& self = comm::find_communicator(group)->identity();
+  const at::IntArrayRef sizes = C10_AS_INTARRAYREF_SLOW(symbolic);
+  dim = wrap_dim("scatter_to_ranks", t, dim);
+  check_rank("scatter_to_ranks", rank, self);
+  check_sizes("scatter_to_ranks", sizes, self);
+  check_whole("scatter_to_ranks", t, dim, sizes);
+  const int64_t first = c10::sum_integers(sizes.slice(0, rank));
+  return t.narrow(dim, first, sizes[rank]).clone(at::MemoryFormat::Contiguous);
+}
+
 void broadcast_in_place(const Tensor& t, const Tensor&, int64_t src, std::string_view group) {
   const auto communicator = comm::find_communicator(group);
   check_src("broadcast", src, communicator->identity());
@@ -131,9 +143,7 @@ Tensor reduce_scatter(const Tensor& t, const Tensor&, Sizes symbolic, int64_t di
   dim = wrap_dim("reduce_scatter", t, dim);
   check_rank("reduce_scatter", rank, self);
   check_sizes("reduce_scatter", sizes, self);
-  TORCH_CHECK_VALUE(t.size(dim) == c10::sum_integers(sizes), "reduce_scatter: dimension ", dim,
-                    " is ", t.size(dim), ", the partition ", text_of(sizes), " adds up to ",
-                    c10::sum_integers(sizes));
+  check_whole("reduce_scatter", t, dim, sizes);
   const ReduceOp reduce = check_reducible("reduce_scatter", t, op);
   const Tensor in = t.movedim(dim, 0).contiguous();  // rank r's part is one run then
   std::vector<int64_t> shape = in.sizes().vec();
@@ -228,6 +238,7 @@ void implement(torch::Library& m) {
   m.impl("broadcast_", &broadcast_in_place);
   m.impl("all_reduce", &all_reduce);
   m.impl("copy_to_ranks", &copy_to_ranks);
+  m.impl("scatter_to_ranks", &scatter_to_ranks);
   m.impl("broadcast", &broadcast);
   m.impl("all_gather", &all_gather);
   m.impl("reduce_scatter", &reduce_scatter);

@@ -49,6 +49,11 @@ Tensor reduce_scatter(const Tensor& t, const Tensor&, Sizes sizes, int64_t dim, 
   return at::empty_symint(shape, t.options());
 }
 
+Tensor scatter_to_ranks(const Tensor& t, const Tensor& order, Sizes sizes, int64_t dim,
+                        int64_t rank, std::string_view group) {
+  return reduce_scatter(t, order, sizes, dim, "sum", rank, group);
+}
+
 Tensor empty_shared(const Tensor& order, Sizes shape, at::ScalarType dtype, std::string_view) {
   return at::empty_symint(shape, order.options().dtype(dtype));
 }
@@ -101,6 +106,7 @@ TORCH_LIBRARY_IMPL(tp_native, Meta, m) {
   m.impl("broadcast_", &broadcast_in_place);
   m.impl("all_reduce", &all_reduce);
   m.impl("copy_to_ranks", &copy_to_ranks);
+  m.impl("scatter_to_ranks", &scatter_to_ranks);
   m.impl("broadcast", &broadcast);
   m.impl("all_gather", &all_gather);
   m.impl("reduce_scatter", &reduce_scatter);

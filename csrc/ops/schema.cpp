@@ -12,6 +12,9 @@ TORCH_LIBRARY(tp_native, m) {
   m.def("broadcast_(Tensor(a!) t, Tensor(b!) order, int src, str group) -> ()");
   m.def("all_reduce(Tensor t, Tensor(a!) order, str op, str group) -> Tensor");
   m.def("copy_to_ranks(Tensor t, Tensor order, str group) -> Tensor");
+  m.def(
+      "scatter_to_ranks(Tensor t, Tensor order, SymInt[] sizes, int dim, int rank, str group) -> "
+      "Tensor");
   m.def("broadcast(Tensor t, Tensor(a!) order, int src, int rank, str group) -> Tensor");
   m.def(
       "all_gather(Tensor t, Tensor(a!) order, SymInt[] sizes, int dim, str grad, int rank, str "

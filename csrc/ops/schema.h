@@ -25,6 +25,8 @@ using Broadcast = Tensor(const Tensor& t, const Tensor& order, int64_t src, int6
                          std::string_view group);
 using AllGather = Tensor(const Tensor& t, const Tensor& order, Sizes sizes, int64_t dim,
                          std::string_view grad, int64_t rank, std::string_view group);
+using ScatterToRanks = Tensor(const Tensor& t, const Tensor& order, Sizes sizes, int64_t dim,
+                              int64_t rank, std::string_view group);
 using ReduceScatter = Tensor(const Tensor& t, const Tensor& order, Sizes sizes, int64_t dim,
                              std::string_view op, int64_t rank, std::string_view group);
 using ParallelLinear = Tensor(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,

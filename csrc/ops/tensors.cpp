@@ -107,6 +107,12 @@ void check_sizes(const char* op, at::IntArrayRef sizes, const comm::Identity& gr
   }
 }
 
+void check_whole(const char* op, const at::Tensor& t, int64_t dim, at::IntArrayRef sizes) {
+  TORCH_CHECK_VALUE(t.size(dim) == c10::sum_integers(sizes), op, ": dimension ", dim, " is ",
+                    t.size(dim), ", the partition ", text_of(sizes), " adds up to ",
+                    c10::sum_integers(sizes));
+}
+
 std::string text_of(at::IntArrayRef values) {
   std::ostringstream text;
   text << '[';

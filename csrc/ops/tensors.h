@@ -49,6 +49,9 @@ void check_rank(const char* op, int64_t rank, const comm::Identity& group);
 /// Raises ValueError unless `sizes` has one entry per rank, none negative.
 void check_sizes(const char* op, at::IntArrayRef sizes, const comm::Identity& group);
 
+/// Raises ValueError unless `sizes` add up to the dimension that they cut.
+void check_whole(const char* op, const at::Tensor& t, int64_t dim, at::IntArrayRef sizes);
+
 inline std::span<const int64_t> span_of(at::IntArrayRef values) {
   return {values.data(), values.size()};
 }

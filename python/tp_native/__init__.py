@@ -9,6 +9,7 @@ from .collectives import (
     broadcast_tensor,
     copy_to_ranks,
     reduce_scatter_sum,
+    scatter_to_ranks,
     synchronize_across_ranks,
 )
 from .config import TensorParallelConfig, get_tensor_parallel_config
@@ -22,9 +23,22 @@ from .errors import (
 )
 from .generate import generate
 from .group import Group, current_group, init_tensor_parallel
-from .nn import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from .nn import (
+    ColumnParallelLinear,
+    KVCache,
+    ParallelAttention,
+    ParallelDropout,
+    ParallelLayerNorm,
+    ParallelLMHead,
+    ParallelMLP,
+    ParallelRMSNorm,
+    RowParallelLinear,
+    TensorParallelTransformerBlock,
+    VocabParallelEmbedding,
+    deferred_gradients,
+)
 from .parallelize import DistributedModelWrapper, parallelize
-from .partition import Partition
+from .partition import Partition, ShardLayout
 from .plan import ShardPlan, plan
 from .simulate import simulate
 from .state import full_state_dict
@@ -41,19 +55,29 @@ __all__ = [
     "DistributedCheckpointLoader",
     "DistributedModelWrapper",
     "Group",
+    "KVCache",
+    "ParallelAttention",
+    "ParallelDropout",
+    "ParallelLMHead",
+    "ParallelLayerNorm",
+    "ParallelMLP",
+    "ParallelRMSNorm",
     "Partition",
     "PeerLostError",
     "PlanError",
     "RowParallelLinear",
+    "ShardLayout",
     "ShardPlan",
     "TensorParallelConfig",
     "TensorParallelError",
+    "TensorParallelTransformerBlock",
     "VocabParallelEmbedding",
     "all_gather_tensor",
     "all_reduce_sum",
     "broadcast_tensor",
     "copy_to_ranks",
     "current_group",
+    "deferred_gradients",
     "full_state_dict",
     "generate",
     "get_tensor_parallel_config",
@@ -63,6 +87,7 @@ __all__ = [
     "plan",
     "reduce_scatter_sum",
     "save_pretrained",
+    "scatter_to_ranks",
     "simulate",
     "synchronize_across_ranks",
     "verify",

@@ -20,6 +20,7 @@ _all_reduce_ = _ops.all_reduce_.default
 _broadcast_ = _ops.broadcast_.default
 _all_reduce = _ops.all_reduce.default
 _copy_to_ranks = _ops.copy_to_ranks.default
+_scatter_to_ranks = _ops.scatter_to_ranks.default
 _broadcast = _ops.broadcast.default
 _all_gather = _ops.all_gather.default
 _reduce_scatter = _ops.reduce_scatter.default
@@ -53,6 +54,14 @@ def all_reduce(t: Tensor, order: Tensor, op: str, group: str) -> Tensor:
 def copy_to_ranks(t: Tensor, order: Tensor, group: str) -> Tensor:
     """Identity; backward: all-reduce."""
     out: Tensor = _copy_to_ranks(t, order, group)
+    return out
+
+
+def scatter_to_ranks(
+    t: Tensor, order: Tensor, sizes: Sequence[int], dim: int, rank: int, group: str
+) -> Tensor:
+    """This rank's part of ``dim`` of a replicated tensor; backward: all-gather."""
+    out: Tensor = _scatter_to_ranks(t, order, sizes, dim, rank, group)
     return out
 
 

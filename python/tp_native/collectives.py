@@ -58,6 +58,21 @@ def all_gather_tensor(
     return _ops.all_gather(t, g.order, sizes, dim, grad, g.rank, g.name)
 
 
+def scatter_to_ranks(
+    t: Tensor, dim: int = -2, group: GroupLike | None = None, *, partition: Partition | None = None
+) -> Tensor:
+    """This rank's part of ``dim`` of a replicated ``t``; cut evenly unless ``partition`` says.
+
+    Backward: all-gather, of gradients that each rank has of its own part.
+    Source: Korthikanti et al., arXiv:2205.05198, section 4.2.2 (where a sequence is cut).
+    """
+    g = current_group(group)
+    if g.size == 1:
+        return t.clone()
+    cut = partition if partition is not None else Partition.even(t.size(dim), g.size)
+    return _ops.scatter_to_ranks(t, g.order, cut.sizes, dim, g.rank, g.name)
+
+
 def reduce_scatter_sum(
     t: Tensor, dim: int = 0, group: GroupLike | None = None, *, partition: Partition | None = None
 ) -> Tensor:

@@ -76,6 +76,7 @@ class Group:
         self._generator_seed: int | None = None
         self._is_closed = False
         self._pid = os.getpid()
+        self.defers_gradients = False  # set by nn.deferred_gradients, read in forward passes
 
     def __repr__(self) -> str:
         return (
@@ -456,6 +457,11 @@ def current_group(group: GroupLike | None = None) -> Group:
     if not isinstance(group, Group):
         return _process.over(group)
     return group
+
+
+def world_of_one() -> Group:
+    """The group of this process alone."""
+    return _process.alone
 
 
 def _check_timeout(name: str, value: float) -> None:

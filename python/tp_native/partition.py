@@ -152,6 +152,136 @@ class Partition:
         return Partition(tuple(size * factor for size in self.sizes))
 
 
+@dataclass(frozen=True)
+class ShardLayout:
+    """One dimension of which each rank holds some ranges: several where parts lie stacked
+    (``[gate | up]``), the same ones on several ranks where key/value heads are fewer than ranks.
+
+    ``ranges[rank]`` are (start, stop) in the whole, in the order in which the rank stores them.
+    Raises: ValueError if ranges overlap without being the same, reach beyond the whole or leave an
+    element to nobody.
+    """
+
+    size: int
+    ranges: tuple[tuple[tuple[int, int], ...], ...]
+
+    def __post_init__(self) -> None:
+        end = 0
+        for start, stop in sorted({r for held in self.ranges for r in held if r[0] != r[1]}):
+            if start != end or not start < stop <= self.size:
+                raise ValueError(
+                    f"ShardLayout of {self.size} elements got range {start}:{stop} after {end}; "
+                    "every element must lie in one range, which several ranks may hold"
+                )
+            end = stop
+        if end != self.size:
+            raise ValueError(f"ShardLayout of {self.size} elements: nobody holds {end}:{self.size}")
+
+    @classmethod
+    def of(cls, cut: Partition | ShardLayout) -> ShardLayout:
+        """Consecutive shards as a layout; a layout as it is."""
+        if isinstance(cut, ShardLayout):
+            return cut
+        places = (cut.slice(rank) for rank in range(cut.ranks))
+        return cls(cut.size, tuple(((place.start, place.stop),) for place in places))
+
+    @classmethod
+    def stacked(cls, parts: Sequence[Partition | ShardLayout]) -> ShardLayout:
+        """Parts that lie one after another in the whole, each cut on its own."""
+        layouts = [cls.of(part) for part in parts]
+        counts = {len(layout.ranges) for layout in layouts}
+        if len(counts) != 1:
+            raise ValueError(f"ShardLayout.stacked got parts for {sorted(counts)} ranks")
+        offsets = [sum(layout.size for layout in layouts[:i]) for i in range(len(layouts))]
+        ranges = tuple(
+            tuple(
+                (offset + start, offset + stop)
+                for offset, layout in zip(offsets, layouts, strict=True)
+                for start, stop in layout.ranges[rank]
+            )
+            for rank in range(counts.pop())
+        )
+        return cls(sum(layout.size for layout in layouts), ranges)
+
+    @property
+    def ranks(self) -> int:
+        """Number of shards."""
+        return len(self.ranges)
+
+    @property
+    def local_sizes(self) -> Partition:
+        """What each rank holds; adds up to more than ``size`` where ranges are replicated."""
+        return Partition(tuple(sum(b - a for a, b in held) for held in self.ranges))
+
+    @property
+    def is_consecutive(self) -> bool:
+        """Whether the shards, one after another, are the whole: what a `Partition` says."""
+        return self == ShardLayout.of(self.local_sizes)
+
+    @property
+    def is_replicated(self) -> bool:
+        """Whether an element is held by more than one rank."""
+        return self.local_sizes.size > self.size
+
+    def owned(self, rank: int) -> list[tuple[int, int]]:
+        """Ranges of the rank's shard, in the shard's own indices, that no lower rank holds."""
+        lower = {r for held in self.ranges[:rank] for r in held}
+        mine, at = [], 0
+        for start, stop in self.ranges[rank]:
+            if (start, stop) not in lower:
+                mine.append((at, at + stop - start))
+            at += stop - start
+        return mine
+
+    def check(self, size: int, ranks: int) -> None:
+        """Raise ValueError unless this layout cuts ``size`` elements for ``ranks`` ranks."""
+        if (self.size, self.ranks) != (size, ranks):
+            raise ValueError(
+                f"the layout cuts {self.size} elements for {self.ranks} ranks, but the dimension "
+                f"has {size} and the group {ranks}"
+            )
+
+    def scaled(self, factor: int) -> ShardLayout:
+        """The same cut where every element stands for ``factor`` elements (heads to features)."""
+        return ShardLayout(
+            self.size * factor,
+            tuple(tuple((a * factor, b * factor) for a, b in held) for held in self.ranges),
+        )
+
+
+def cut_heads(
+    num_heads: int, num_kv_heads: int, ranks: int, ratios: Sequence[float] | None = None
+) -> tuple[Partition, ShardLayout]:
+    """Query heads and key/value heads of each rank.
+
+    A key/value head and its queries stay together. With fewer key/value heads than ranks each is
+    replicated on consecutive ranks, over which its queries are divided; a rank left without
+    queries holds no key/value head either. ``ratios``: the ranks' shares, default equal.
+    Raises: ValueError if ``num_heads`` is no multiple of ``num_kv_heads``.
+    Source: Ainslie et al., GQA, arXiv:2305.13245 (grouped queries).
+    """
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        legal = [n for n in range(1, num_heads + 1) if num_heads % n == 0]
+        near = sorted(legal, key=lambda n: abs(n - num_kv_heads))[:3]
+        raise ValueError(
+            f"{num_heads} heads over {num_kv_heads} key/value heads: every key/value head needs "
+            f"the same number of queries; the nearest legal num_kv_heads are {sorted(near)}"
+        )
+    per_group = num_heads // num_kv_heads
+    shares = list(ratios) if ratios is not None else [1.0] * ranks
+    if num_kv_heads >= ranks:
+        groups = Partition.from_ratios(num_kv_heads, shares)
+        return groups.scaled(per_group), ShardLayout.of(groups)
+    queries: list[int] = []
+    held: list[tuple[tuple[int, int], ...]] = []
+    replicas = Partition.even(ranks, num_kv_heads)
+    for head in range(num_kv_heads):
+        for count in Partition.from_ratios(per_group, shares[replicas.slice(head)]):
+            queries.append(count)
+            held.append(((head, head + 1),) if count else ())
+    return Partition(tuple(queries)), ShardLayout(num_kv_heads, tuple(held))
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 

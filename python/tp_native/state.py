@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .group import Group
+from .nn import mark_of
 from .plan import ShardPlan
 
 _KEY = "_tp_native"
@@ -61,7 +62,10 @@ def iter_full_state(model: nn.Module, *, tied: bool = True) -> Iterator[tuple[st
 
 
 def full_tensor(state: ParallelState | None, name: str, local: Tensor) -> Tensor:
-    """The whole tensor ``name`` from every rank's part. Collective if the plan cuts it."""
+    """The whole tensor ``name`` from every rank's part. Collective if it is cut."""
+    mark = mark_of(local)
+    if mark is not None:
+        return mark.full(local)
     cut = state.plan.shard(name) if state is not None and name in state.plan.shapes else None
     if state is None or cut is None:
         return local.detach()

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from .. import _ops
+from ..collectives import scatter_to_ranks
 from ..group import GroupLike
 from ..partition import Partition
 from .sharded import ShardedModule
@@ -20,7 +21,7 @@ class VocabParallelEmbedding(ShardedModule):
     exact.
 
     Shapes: ids ``(...)`` int64 or int32, the same on all ranks; output ``(..., embedding_dim)``,
-    replicated.
+    replicated; with ``sequence_parallel`` this rank's part of its dimension ``sequence_dim``.
     Raises: IndexError on every rank for an id outside the vocabulary; ValueError if ``partition``
     does not add up.
     Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053, section 3.
@@ -34,10 +35,15 @@ class VocabParallelEmbedding(ShardedModule):
         *,
         group: GroupLike | None = None,
         partition: Partition | None = None,
+        sequence_parallel: bool = False,
+        sequence_dim: int = -2,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(group, num_embeddings, partition)
+        if not self.layout.is_consecutive:
+            raise ValueError("VocabParallelEmbedding takes consecutive rows: pass a Partition")
+        self.sequence_parallel, self.sequence_dim = sequence_parallel, sequence_dim
         if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
             raise ValueError(
                 f"padding_idx {padding_idx}: expected an id of the {num_embeddings} embeddings"
@@ -82,12 +88,12 @@ class VocabParallelEmbedding(ShardedModule):
         )
         return layer.filled_from(embedding)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Look up ``ids``."""
+    def forward(self, ids: Tensor, sequence_partition: Partition | None = None) -> Tensor:
+        """Look up ``ids``; ``sequence_partition``: how tokens are cut, evenly if None."""
         if self.group.size == 1:
             return F.embedding(ids, self.weight, self.padding_idx)
         padding_idx = -1 if self.padding_idx is None else self.padding_idx
-        return _ops.vocab_parallel_embedding(
+        rows = _ops.vocab_parallel_embedding(
             ids,
             self.weight,
             self.group.order,
@@ -96,6 +102,9 @@ class VocabParallelEmbedding(ShardedModule):
             self.group.rank,
             self.group.name,
         )
+        if not self.sequence_parallel:
+            return rows
+        return scatter_to_ranks(rows, self.sequence_dim, self.group, partition=sequence_partition)
 
     def extra_repr(self) -> str:
         """Whole and local sizes."""

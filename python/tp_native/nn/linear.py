@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from .. import _ops
-from ..collectives import all_gather_tensor, copy_to_ranks
+from ..collectives import all_gather_tensor, copy_to_ranks, reduce_scatter_sum
 from ..group import GroupLike
-from ..partition import Partition
+from ..partition import Partition, ShardLayout
+from .gradients import summed_over_replicas
 from .sharded import ShardedModule
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -24,13 +25,6 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
 }
 _FUSED = ("gelu_tanh", "relu")  # those that a GEMM's epilogue has; the GELU there is the tanh form
-
-
-def _refuse_sequence_parallel(name: str, sequence_parallel: bool) -> None:
-    if sequence_parallel:
-        raise ValueError(
-            f"{name}: sequence_parallel=True is not available in this version; leave it False"
-        )
 
 
 class _ParallelLinear(ShardedModule):
@@ -82,15 +76,19 @@ class _ParallelLinear(ShardedModule):
 class ColumnParallelLinear(_ParallelLinear):
     """``y = act(x @ W.T + b)`` with ``out_features`` (the rows of ``W``) split over a group.
 
-    No collective forward; backward one all-reduce of ``dx``.
+    No collective forward; backward one all-reduce of ``dx``. With ``sequence_parallel`` the input
+    is this rank's part of dimension ``sequence_dim``: forward one all-gather, backward one
+    reduce-scatter.
 
     Shapes: input ``(..., in_features)``, the same on all ranks; output ``(...,
     local_out_features)``, or ``(..., out_features)`` with ``gather_output``. With ``skip_bias_add``
-    returns ``(y, bias)``, the bias not added.
+    returns ``(y, bias)``, the bias not added. ``partition`` may be a `ShardLayout`: rows in several
+    ranges (stacked layers), or held by several ranks, whose gradients are summed.
     Cost per rank: ``2 M N K / P`` FLOP forward.
     Raises: ValueError if ``partition`` does not add up to ``out_features`` or the input is not
     ``in_features`` wide.
-    Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053, section 3.
+    Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053, section 3; Korthikanti et al.,
+    arXiv:2205.05198 (sequence parallelism).
     """
 
     def __init__(
@@ -104,12 +102,12 @@ class ColumnParallelLinear(_ParallelLinear):
         skip_bias_add: bool = False,
         sequence_parallel: bool = False,
         activation: str | None = None,
-        partition: Partition | None = None,
+        partition: Partition | ShardLayout | None = None,
+        sequence_dim: int = -2,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(group, out_features, partition)
-        _refuse_sequence_parallel("ColumnParallelLinear", sequence_parallel)
         if activation is not None and activation not in _ACTIVATIONS:
             raise ValueError(
                 f"activation {activation!r}: expected None or one of {sorted(_ACTIVATIONS)}"
@@ -119,10 +117,16 @@ class ColumnParallelLinear(_ParallelLinear):
                 "skip_bias_add=True leaves the bias to the caller: it excludes gather_output and "
                 "activation, which need it"
             )
+        if gather_output and not self.layout.is_consecutive:
+            raise ValueError(
+                "gather_output=True puts the ranks' outputs one after another, which is not the "
+                "whole's order in this layout; take the local output, or a Partition"
+            )
         self.in_features, self.out_features = in_features, out_features
         self.local_out_features = self.partition[self.group.rank]
         self.gather_output = gather_output
         self.skip_bias_add = skip_bias_add
+        self.sequence_parallel, self.sequence_dim = sequence_parallel, sequence_dim
         self.activation = activation
         self.shard_dims = {"weight": 0, "bias": 0} if bias else {"weight": 0}
         self._make_parameters(
@@ -156,22 +160,50 @@ class ColumnParallelLinear(_ParallelLinear):
         )
         return layer.filled_from(linear)
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
-        """Multiply by this rank's rows."""
-        bias = None if self.skip_bias_add else self.bias
+    def forward(
+        self, x: Tensor, sequence_partition: Partition | None = None
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """Multiply by this rank's rows.
+
+        ``sequence_partition``: the tokens of every rank where ``sequence_parallel`` and their
+        numbers differ.
+        """
+        if self.group.size == 1:
+            y = F.linear(x, self.weight, None if self.skip_bias_add else self.bias)
+            y = y if self.activation is None else _ACTIVATIONS[self.activation](y)
+            return (y, self.bias) if self.skip_bias_add else y
+        weight, own_bias = self.weight, self.bias
+        if self.layout.is_replicated:
+            weight, own_bias = (self._summed(name) for name in ("weight", "bias"))  # type: ignore[assignment]
+        bias = None if self.skip_bias_add else own_bias
         cut = (self.group.order, self.partition.sizes, self.group.name)
-        if self.group.size > 1 and self.activation in _FUSED:
-            y = _ops.column_parallel_linear_act(x, self.weight, bias, self.activation, *cut)
+        if self.sequence_parallel:
+            dim = self.sequence_dim
+            x = all_gather_tensor(x, dim, self.group, "partial", partition=sequence_partition)
+            self._check_width(x)
+            y = F.linear(x, weight, bias)  # the gather's backward sums dx
+            y = y if self.activation is None else _ACTIVATIONS[self.activation](y)
+        elif self.activation in _FUSED:
+            y = _ops.column_parallel_linear_act(x, weight, bias, self.activation, *cut)
         else:
-            if self.group.size == 1:
-                y = F.linear(x, self.weight, bias)
-            else:
-                y = _ops.column_parallel_linear(x, self.weight, bias, *cut)
-            if self.activation is not None:
-                y = _ACTIVATIONS[self.activation](y)
-        if self.gather_output and self.group.size > 1:
+            y = _ops.column_parallel_linear(x, weight, bias, *cut)
+            y = y if self.activation is None else _ACTIVATIONS[self.activation](y)
+        if self.gather_output:
             y = all_gather_tensor(y, -1, self.group, partition=self.partition)
-        return (y, self.bias) if self.skip_bias_add else y
+        return (y, own_bias) if self.skip_bias_add else y
+
+    def _summed(self, name: str) -> Tensor | None:
+        parameter, mark = self._parameters[name], self.mark(name)
+        if parameter is None or mark is None:
+            return parameter
+        return summed_over_replicas(parameter, mark)
+
+    def _check_width(self, x: Tensor) -> None:
+        if x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"ColumnParallelLinear: the input's last dimension is {x.shape[-1]}, expected "
+                f"in_features, {self.in_features}: it takes whole features of this rank's tokens"
+            )
 
     def extra_repr(self) -> str:
         """Whole and local sizes."""
@@ -188,6 +220,10 @@ class RowParallelLinear(_ParallelLinear):
     Every rank multiplies its slice; one all-reduce completes the sum. The bias joins after the
     reduction, so it is counted once whatever the number of ranks.
 
+    With ``sequence_parallel`` the sum is scattered over dimension ``sequence_dim`` instead: one
+    reduce-scatter forward and one all-gather backward, from which each rank has the bias's gradient
+    whole.
+
     Shapes: input ``(..., local_in_features)``, or ``(..., in_features)`` with
     ``input_is_parallel=False``; output ``(..., out_features)``, bitwise equal on every rank. With
     ``skip_bias_add`` returns ``(y, bias)``, the bias not added. With ``reduce_results=False`` ``y``
@@ -195,7 +231,8 @@ class RowParallelLinear(_ParallelLinear):
     Cost per rank: ``2 M N K / P`` FLOP and one all-reduce of ``M N`` elements.
     Raises: ValueError if ``partition`` does not add up to ``in_features``, or a bias would be added
     to summands.
-    Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053, section 3.
+    Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053, section 3; Korthikanti et al.,
+    arXiv:2205.05198 (sequence parallelism).
     """
 
     def __init__(
@@ -209,12 +246,22 @@ class RowParallelLinear(_ParallelLinear):
         reduce_results: bool = True,
         skip_bias_add: bool = False,
         sequence_parallel: bool = False,
-        partition: Partition | None = None,
+        partition: Partition | ShardLayout | None = None,
+        sequence_dim: int = -2,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(group, in_features, partition)
-        _refuse_sequence_parallel("RowParallelLinear", sequence_parallel)
+        if sequence_parallel and not (input_is_parallel and reduce_results and not skip_bias_add):
+            raise ValueError(
+                "RowParallelLinear with sequence_parallel=True scatters the sum, bias included: it "
+                "needs input_is_parallel=True, reduce_results=True and skip_bias_add=False"
+            )
+        if self.layout.is_replicated or not (input_is_parallel or self.layout.is_consecutive):
+            raise ValueError(
+                "RowParallelLinear sums over the ranks: no two may hold the same input features, "
+                "and input_is_parallel=False takes a Partition"
+            )
         if bias and not reduce_results and not skip_bias_add:
             raise ValueError(
                 "reduce_results=False with a bias: every rank would add it, so the sum would hold "
@@ -225,6 +272,7 @@ class RowParallelLinear(_ParallelLinear):
         self.local_in_features = self.partition[self.group.rank]
         self.input_is_parallel = input_is_parallel
         self.reduce_results = reduce_results
+        self.sequence_parallel, self.sequence_dim = sequence_parallel, sequence_dim
         self.skip_bias_add = skip_bias_add
         self.shard_dims = {"weight": 1}
         self._make_parameters(
@@ -253,7 +301,9 @@ class RowParallelLinear(_ParallelLinear):
         )
         return layer.filled_from(linear)
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, sequence_partition: Partition | None = None
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
         """Multiply this rank's slice and sum over the ranks."""
         bias = None if self.skip_bias_add else self.bias
         if self.group.size == 1:
@@ -261,6 +311,8 @@ class RowParallelLinear(_ParallelLinear):
             return (y, self.bias) if self.skip_bias_add else y
         if not self.input_is_parallel:
             x = self._local_input(x)
+        if self.sequence_parallel:
+            return self._scattered(x, sequence_partition)
         if self.reduce_results:
             y = _ops.row_parallel_linear(
                 x, self.weight, bias, self.group.order, self.partition.sizes, self.group.name
@@ -303,6 +355,17 @@ class RowParallelLinear(_ParallelLinear):
             self.partition.sizes,
             self.group.name,
         )
+
+    def _scattered(self, x: Tensor, sequence_partition: Partition | None) -> Tensor:
+        if self.bias is None:
+            y = F.linear(x, self.weight)
+            return reduce_scatter_sum(
+                y, self.sequence_dim, self.group, partition=sequence_partition
+            )
+        # zeros before the sum: their gradient is the bias's over all tokens, on every rank
+        y = F.linear(x, self.weight, self.bias - self.bias.detach())
+        y = reduce_scatter_sum(y, self.sequence_dim, self.group, partition=sequence_partition)
+        return y + self.bias.detach()
 
     def _local_input(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:

@@ -1,18 +1,74 @@
-"""What the sharded layers share: which parameter is cut where, and state dicts that slice or
-refuse.
+"""What the sharded layers share: which parameter is cut where, state dicts that slice or refuse,
+and marks on the parameters by which optimizers' helpers know a shard.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from ..collectives import all_gather_tensor
-from ..group import GroupLike, current_group
-from ..partition import Partition
+from ..group import Group, GroupLike, current_group
+from ..partition import Partition, ShardLayout
+
+_MARK = "tensor_parallel"
+
+
+@dataclass(frozen=True)
+class ShardMark:
+    """What a sharded parameter knows of itself, as ``parameter.tensor_parallel``."""
+
+    group: Group
+    dim: int
+    layout: ShardLayout
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardMark:
+        return self
+
+    def owned(self, local: Tensor) -> list[Tensor]:
+        """Views of this rank's shard (or its gradient) that together, over all ranks, are every
+        element once.
+        """
+        return [
+            local.narrow(self.dim, start, stop - start)
+            for start, stop in self.layout.owned(self.group.rank)
+        ]
+
+    def local(self, full: Tensor) -> Tensor:
+        """This rank's part of a dense tensor."""
+        return take(full, self.dim, self.layout.ranges[self.group.rank])
+
+    def full(self, local: Tensor) -> Tensor:
+        """The dense tensor from every rank's part. Collective; no gradient."""
+        if self.group.size == 1:
+            return local.detach().clone()
+        gathered = self.group.all_gather(local.detach(), self.dim, self.layout.local_sizes)
+        if self.layout.is_consecutive:
+            return gathered
+        shape = [*local.shape]
+        shape[self.dim] = self.layout.size
+        full = local.new_empty(shape)
+        held = [place for places in self.layout.ranges for place in places]
+        pieces = torch.split(gathered, [stop - start for start, stop in held], self.dim)
+        for (start, stop), piece in zip(held, pieces, strict=True):
+            full.narrow(self.dim, start, stop - start).copy_(piece)
+        return full
+
+
+def take(full: Tensor, dim: int, ranges: tuple[tuple[int, int], ...]) -> Tensor:
+    """Ranges of one dimension, side by side; a view where it is one range."""
+    pieces = [full.narrow(dim, start, stop - start) for start, stop in ranges]
+    return pieces[0] if len(pieces) == 1 else torch.cat([full.narrow(dim, 0, 0), *pieces], dim)
+
+
+def mark_of(parameter: Tensor) -> ShardMark | None:
+    """The mark of a sharded parameter; None for one that every rank holds whole."""
+    mark = getattr(parameter, _MARK, None)
+    return mark if isinstance(mark, ShardMark) else None
 
 
 class ShardedModule(nn.Module):
@@ -25,18 +81,49 @@ class ShardedModule(nn.Module):
 
     shard_dims: dict[str, int]
 
-    def __init__(self, group: GroupLike | None, size: int, partition: Partition | None) -> None:
+    def __init__(
+        self, group: GroupLike | None, size: int, partition: Partition | ShardLayout | None
+    ) -> None:
         super().__init__()
         self.group = current_group(group)
-        self.partition = partition or Partition.even(size, self.group.size)
-        self.partition.check(size, self.group.size)
+        self.shard_dims = {}
+        cut = partition or Partition.even(size, self.group.size)
+        cut.check(size, self.group.size)
+        self.layout = ShardLayout.of(cut)
+        self.partition = self.layout.local_sizes
+
+    def mark(self, name: str) -> ShardMark | None:
+        """How the parameter ``name`` is cut; None if it is replicated."""
+        dim = self.shard_dims.get(name)
+        return None if dim is None else ShardMark(self.group, dim, self.layout)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As ``nn.Module``'s; a sharded parameter is marked."""
+        super().register_parameter(name, param)
+        self._put_mark(name)
+
+    def _put_mark(self, name: str) -> None:
+        parameter, mark = self._parameters.get(name), self.mark(name)
+        if parameter is not None and mark is not None:
+            setattr(parameter, _MARK, mark)
+
+    # both make parameters anew without registering them
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name in self.shard_dims:
+            self._put_mark(name)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        for name in self.shard_dims:
+            self._put_mark(name)
 
     def full_parameter(self, name: str) -> Tensor:
         """The dense parameter ``name``, on every rank. Collective; no gradient."""
-        local = self.get_parameter(name).detach()
-        if name not in self.shard_dims or self.group.size == 1:
-            return local.clone()
-        return all_gather_tensor(local, self.shard_dims[name], self.group, partition=self.partition)
+        local = self.get_parameter(name)
+        mark = self.mark(name)
+        return local.detach().clone() if mark is None else mark.full(local)
 
     def full_weight(self) -> Tensor:
         """The dense weight, on every rank. Collective; no gradient."""
@@ -55,19 +142,18 @@ class ShardedModule(nn.Module):
         return self
 
     def _local(self, name: str, full: Tensor) -> Tensor:
-        dim = self.shard_dims.get(name)
-        if dim is None:
-            return full
-        return full.narrow(
-            dim, self.partition.offset(self.group.rank), self.partition[self.group.rank]
-        )
+        mark = self.mark(name)
+        return full if mark is None else mark.local(full)
 
     def _shard_record(self) -> dict[str, Any]:
-        return {
+        record: dict[str, Any] = {
             "rank": self.group.rank,
             "size": self.group.size,
             "partition": list(self.partition.sizes),
         }
+        if not self.layout.is_consecutive:
+            record["ranges"] = [list(place) for place in self.layout.ranges[self.group.rank]]
+        return record
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -87,6 +173,8 @@ class ShardedModule(nn.Module):
     ) -> None:
         record = local_metadata.get("tp_native")
         own = self._shard_record()
+        if record is not None and record.get("size") == 1:
+            record = None  # of a world of one: whole tensors
         if record is not None and record != own:
             error_msgs.append(
                 f"{prefix[:-1]}: these are the shards of {record}, this rank is {own}; load full "
@@ -101,7 +189,7 @@ class ShardedModule(nn.Module):
             if record is not None or not isinstance(value, Tensor) or local is None:
                 continue
             full = list(local.shape)
-            full[dim] = self.partition.size
+            full[dim] = self.layout.size
             if list(value.shape) == full:
                 replaced[key] = value
                 state_dict[key] = self._local(name, value)
