@@ -40,6 +40,7 @@ PYTHON = [
     {"state"},
     {"verify"},
     {"checkpoint", "checkpoint.reader"},
+    {"checkpoint.optimizer"},
     {"checkpoint.skeleton", "checkpoint.writer"},
     {"parallelize"},
     {"checkpoint.loader"},

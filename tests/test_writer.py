@@ -166,8 +166,9 @@ def test_no_room_is_said_before_anything_is_written(
 def test_bad_save_arguments(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="max_shard_bytes must be an int > 0, got 0"):
         save_pretrained(llama(), tmp_path / "out", max_shard_bytes=0)
-    with pytest.raises(ValueError, match="optimizer state"):
-        CheckpointSaver(tmp_path).save(llama(), torch.optim.SGD(llama().parameters()))
+    with pytest.raises(CheckpointError, match="that is not the model's"):
+        foreign = torch.optim.SGD(llama().parameters())
+        CheckpointSaver(tmp_path / "out").save(llama(), foreign)
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="is not a folder"):
         save_pretrained(llama(), tmp_path / "file")

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .group import Group
-from .nn import mark_of
+from .nn import full_of
 from .plan import ShardPlan
 
 _KEY = "_tp_native"
@@ -50,7 +50,6 @@ def iter_full_state(model: nn.Module, *, tied: bool = True) -> Iterator[tuple[st
     ``tied=False`` yields a tied parameter once, under its first name.
     """
     model = unwrap(model)
-    state = state_of(model)
     seen: set[int] = set()
     for name, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor):
@@ -58,18 +57,7 @@ def iter_full_state(model: nn.Module, *, tied: bool = True) -> Iterator[tuple[st
         if id(value) in seen and not tied:
             continue
         seen.add(id(value))
-        yield name, full_tensor(state, name, value)
-
-
-def full_tensor(state: ParallelState | None, name: str, local: Tensor) -> Tensor:
-    """The whole tensor ``name`` from every rank's part. Collective if it is cut."""
-    mark = mark_of(local)
-    if mark is not None:
-        return mark.full(local)
-    cut = state.plan.shard(name) if state is not None and name in state.plan.shapes else None
-    if state is None or cut is None:
-        return local.detach()
-    return state.group.all_gather(local.detach(), cut.dim, cut.partition)
+        yield name, full_of(value)
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:

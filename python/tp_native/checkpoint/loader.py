@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from ..agreement import agreed
 from ..errors import CheckpointError
 from ..group import GroupLike, current_group
+from ..nn import ShardMark, mark_of
 from ..parallelize import parallelize
-from ..plan import Shard, ShardPlan
-from ..state import state_of, unwrap
+from ..plan import ShardPlan
+from ..state import unwrap
+from .optimizer import load_optimizer, read_shard
 from .reader import CheckpointFolder
 from .skeleton import (
     build_skeleton,
@@ -36,7 +38,7 @@ class _Job:
 
     name: str
     source: str
-    cut: Shard | None
+    cut: ShardMark | None
 
 
 def load_pretrained(
@@ -93,13 +95,14 @@ class DistributedCheckpointLoader:
         self.path = Path(path)
         self.group = current_group(group)
 
-    def load(self, model: nn.Module) -> nn.Module:
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> nn.Module:
         """Fill ``model`` from the folder and return it. Collective.
 
         A parallelized model takes this rank's slices, a dense one whole tensors; parameters
-        keep their dtype and device, those on meta move to the group's device.
-        Raises: CheckpointError as `load_pretrained`. If a file breaks while it is read, the
-        model is left partly filled.
+        keep their dtype and device, those on meta move to the group's device. ``optimizer``: the
+        state that `CheckpointSaver` saved of one over the same parameters, at any number of ranks.
+        Raises: CheckpointError as `load_pretrained`, and for an optimizer over other parameters. If
+        a file breaks while it is read, the model is left partly filled.
         """
         files: CheckpointFolder | None = None
         started = time.monotonic()
@@ -110,6 +113,8 @@ class DistributedCheckpointLoader:
                 jobs = _match(inner, files)
             with agreed(self.group):
                 count = _fill(inner, files, jobs, self.group.device, None, False)
+                if optimizer is not None:
+                    load_optimizer(self.path, inner, optimizer)
             _keep_stats(inner, files.bytes_read, count, time.monotonic() - started)
         finally:
             if files is not None:
@@ -128,7 +133,6 @@ def _keep_stats(model: nn.Module, bytes_read: int, tensors: int, seconds: float)
 def _match(model: nn.Module, files: CheckpointFolder) -> list[_Job]:
     """Pair every tensor of the model with one on file, or raise with all that do not fit."""
     expected = _expected(model)
-    state = state_of(model)
     sources, clashes = _sources(model, files, expected)
     first_names: dict[int, str] = {}
     for name, value in expected.items():
@@ -142,8 +146,8 @@ def _match(model: nn.Module, files: CheckpointFolder) -> list[_Job]:
                 missing.append(name)
             continue
         info = files.tensors[source]
-        cut = state.plan.shard(name) if state is not None and name in state.plan.shapes else None
-        shape = tuple(value.shape) if cut is None or state is None else state.plan.shapes[name]
+        cut = mark_of(value)
+        shape = tuple(value.shape) if cut is None else cut.full_shape(value)
         if info.shape != shape:
             wrong.append(f"{name}: shape {list(info.shape)} on file, expected {list(shape)}")
         elif info.dtype.is_floating_point != value.dtype.is_floating_point:
@@ -249,17 +253,13 @@ def _fill(
     progress: bool,
 ) -> int:
     """Give every tensor its memory and its values; returns the number of tensors filled."""
-    group = state.group if (state := state_of(model)) is not None else None
-    rank = group.rank if group is not None else 0
     expected = _expected(model)
     filled: dict[int, Tensor] = {}
     for job in _with_bar(jobs, progress):
         old = expected[job.name]
-        start = job.cut.partition.offset(rank) if job.cut is not None else 0
-        dim = job.cut.dim if job.cut is not None else 0
         tied = filled.get(id(old))
         out = _room(model, job.name, old, device, dtype) if tied is None else torch.empty_like(tied)
-        count = files.read_into(job.source, out, dim, start)
+        count = read_shard(files, job.source, out, job.cut)
         if count != out.numel():
             raise CheckpointError(f"{job.name}: filled {count} of {out.numel()} elements")
         if tied is None:

@@ -17,7 +17,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,24 +28,33 @@ from torch import Tensor, nn
 from ..agreement import agree, agreed
 from ..errors import CheckpointError
 from ..group import GroupLike, current_group
-from ..state import full_tensor, state_of, unwrap
+from ..nn import full_of, mark_of
+from ..state import state_of, unwrap
+from .optimizer import OPTIMIZER_SETTINGS, OPTIMIZER_TENSORS, optimizer_tensors
 from .reader import DTYPES
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _COPY_BYTES = 64 << 20
 _SLACK_BYTES = 1 << 20  # headers, index, configs
-_OURS = re.compile(r"(model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|(generation_)?config\.json)")
+_OURS = re.compile(
+    r"(model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|(generation_)?config\.json"
+    r"|optimizer\.(safetensors|json))"
+)
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _AT_FDCWD = -100  # linux/fcntl.h
 
 
 @dataclass(frozen=True)
 class _Item:
-    """One tensor of the folder to be: dense name and shape, and this rank's part."""
+    """One tensor of the folder to be: its dense name, and this rank's part, marked if it is one."""
 
     name: str
-    shape: tuple[int, ...]
     local: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        mark = mark_of(self.local)
+        return tuple(self.local.shape) if mark is None else mark.full_shape(self.local)
 
     @property
     def nbytes(self) -> int:
@@ -57,17 +66,20 @@ def save_pretrained(
     path: str | os.PathLike[str],
     *,
     max_shard_bytes: int = 5_000_000_000,
+    optimizer: torch.optim.Optimizer | None = None,
     group: GroupLike | None = None,
 ) -> None:
     """Write ``model`` as a Hugging Face folder that transformers loads bit for bit. Collective.
 
     Rank 0 writes ``config.json``, ``generation_config.json`` and ``model.safetensors`` (or
     shards of at most ``max_shard_bytes`` and their index), holding one whole tensor at a time;
-    a tied weight is written once. Other files of an existing folder are kept. The folder is
-    replaced in one rename: whatever happens, ``path`` is the old checkpoint or the new one.
+    a tied weight is written once. With ``optimizer`` its state lies beside it, whole and under the
+    parameters' names too. Other files of an existing folder are kept. The folder is replaced in one
+    rename: whatever happens, ``path`` is the old checkpoint or the new one.
 
-    Raises: CheckpointError, the same on every rank, if there is no room or a write fails; the
-    old folder is then as it was and nothing temporary is left.
+    Raises: CheckpointError, the same on every rank, if there is no room, a write fails or the
+    optimizer keeps state that is not cut as its parameter is; the old folder is then as it was and
+    nothing temporary is left.
     """
     state = state_of(model)
     group = state.group if state is not None else current_group(group)
@@ -78,14 +90,19 @@ def save_pretrained(
             if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
                 raise ValueError(f"max_shard_bytes must be an int > 0, got {max_shard_bytes!r}")
             files = _lay_out(_items(inner), max_shard_bytes)
+            everything, texts = list(files), {}
+            if optimizer is not None:
+                tensors, settings = optimizer_tensors(inner, optimizer)
+                everything.append((OPTIMIZER_TENSORS, _sorted(_Item(*t) for t in tensors)))
+                texts[OPTIMIZER_SETTINGS] = settings
             if group.rank == 0:
                 staging = _Staging(Path(os.path.realpath(path)))
-                staging.check_room(sum(item.nbytes for _, items in files for item in items))
-        for file, items in files:
-            agree(group, _write_file(inner, items, staging, file))
+                staging.check_room(sum(item.nbytes for _, items in everything for item in items))
+        for file, items in everything:
+            agree(group, _write_file(items, staging, file))
         with agreed(group):
             if staging is not None:
-                staging.commit(inner, files)
+                staging.commit(inner, files, texts)
     finally:
         if staging is not None:
             staging.remove()
@@ -99,16 +116,8 @@ class CheckpointSaver:
         self.group = group
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Write ``model`` as `save_pretrained` does. Collective.
-
-        Raises: ValueError if ``optimizer`` is given: its state can't be saved yet.
-        """
-        if optimizer is not None:
-            raise ValueError(
-                "CheckpointSaver cannot save optimizer state yet; pass optimizer=None and keep "
-                "each rank's optimizer.state_dict() with torch.save"
-            )
-        save_pretrained(model, self.path, group=self.group)
+        """Write ``model``, and the optimizer's state, as `save_pretrained` does. Collective."""
+        save_pretrained(model, self.path, optimizer=optimizer, group=self.group)
 
 
 def parse_bytes(size: int | str) -> int:
@@ -123,7 +132,6 @@ def parse_bytes(size: int | str) -> int:
 
 
 def _items(model: nn.Module) -> list[_Item]:
-    state = state_of(model)
     items, seen = [], set()
     for name, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor) or id(value) in seen:
@@ -133,10 +141,12 @@ def _items(model: nn.Module) -> list[_Item]:
             raise CheckpointError(f"{name} is on meta: load weights before saving")
         if value.dtype not in _NAMES:
             raise CheckpointError(f"{name} has dtype {value.dtype}, which safetensors cannot hold")
-        cut = state is not None and name in state.plan.shapes
-        shape = state.plan.shapes[name] if cut and state is not None else tuple(value.shape)
-        items.append(_Item(name, shape, value.detach()))
-    # Wide elements first: readers map tensors in place, so each must lie on its own alignment.
+        items.append(_Item(name, value))
+    return _sorted(items)
+
+
+def _sorted(items: Iterable[_Item]) -> list[_Item]:
+    """Wide elements first: readers map tensors in place, so each must lie on its own alignment."""
     return sorted(items, key=lambda item: -item.local.dtype.itemsize)
 
 
@@ -156,19 +166,16 @@ def _lay_out(items: Sequence[_Item], max_bytes: int) -> list[tuple[str, list[_It
     return [(f"model-{i:05d}-of-{total:05d}.safetensors", g) for i, g in enumerate(groups, 1)]
 
 
-def _write_file(
-    model: nn.Module, items: Sequence[_Item], staging: _Staging | None, file: str
-) -> Exception | None:
+def _write_file(items: Sequence[_Item], staging: _Staging | None, file: str) -> Exception | None:
     """Gather a file's tensors and, on rank 0, write them; a failure to write is returned.
 
     After one, rank 0 keeps gathering to the file's end, in step with the other ranks.
     """
-    state = state_of(model)
     error: Exception | None = None
     with contextlib.ExitStack() as stack:
         writer: _FileWriter | None = None
         for item in items:
-            whole = full_tensor(state, item.name, item.local)
+            whole = full_of(item.local)
             if staging is None or error is not None:
                 continue
             try:
@@ -257,11 +264,18 @@ class _Staging:
                 "new checkpoint lie side by side until the new one is complete"
             )
 
-    def commit(self, model: nn.Module, files: Sequence[tuple[str, list[_Item]]]) -> None:
-        """Add index, configs and the target's other files, reach the disk, and swap."""
+    def commit(
+        self,
+        model: nn.Module,
+        files: Sequence[tuple[str, list[_Item]]],
+        texts: Mapping[str, str],
+    ) -> None:
+        """Add index, ``texts``, configs and the target's other files, reach the disk, and swap."""
         try:
             if len(files) > 1:
                 self._write_index(files)
+            for name, text in texts.items():
+                (self.path / name).write_text(text)
             _write_configs(model, self.path)
             self._carry_over()
             for root, _, names in os.walk(self.path):

@@ -9,7 +9,7 @@ from .head import ParallelLMHead
 from .linear import ColumnParallelLinear, RowParallelLinear
 from .mlp import ParallelMLP
 from .norm import ParallelLayerNorm, ParallelRMSNorm
-from .sharded import ShardedModule, ShardMark, mark_of
+from .sharded import ShardedModule, ShardMark, full_of, mark_of, put_mark
 
 __all__ = [
     "ColumnParallelLinear",
@@ -26,5 +26,7 @@ __all__ = [
     "TensorParallelTransformerBlock",
     "VocabParallelEmbedding",
     "deferred_gradients",
+    "full_of",
     "mark_of",
+    "put_mark",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ..group import GroupLike, world_of_one
-from .sharded import mark_of
+from .sharded import full_of
 
 
 class CompositeModule(nn.Module):
@@ -57,9 +57,3 @@ def full_tensors(module: nn.Module) -> dict[str, Tensor]:
     """``module.state_dict()`` with every sharded parameter whole. Collective."""
     with torch.no_grad():
         return {name: full_of(value) for name, value in module.state_dict(keep_vars=True).items()}
-
-
-def full_of(value: Tensor) -> Tensor:
-    """The dense tensor of a parameter; one that is not sharded as it is. Collective."""
-    mark = mark_of(value)
-    return value.detach() if mark is None else mark.full(value)

@@ -38,6 +38,10 @@ class ShardMark:
             for start, stop in self.layout.owned(self.group.rank)
         ]
 
+    def full_shape(self, local: Tensor) -> tuple[int, ...]:
+        """The dense tensor's shape."""
+        return (*local.shape[: self.dim], self.layout.size, *local.shape[self.dim + 1 :])
+
     def local(self, full: Tensor) -> Tensor:
         """This rank's part of a dense tensor."""
         return take(full, self.dim, self.layout.ranges[self.group.rank])
@@ -49,9 +53,7 @@ class ShardMark:
         gathered = self.group.all_gather(local.detach(), self.dim, self.layout.local_sizes)
         if self.layout.is_consecutive:
             return gathered
-        shape = [*local.shape]
-        shape[self.dim] = self.layout.size
-        full = local.new_empty(shape)
+        full = local.new_empty(self.full_shape(local))
         held = [place for places in self.layout.ranges for place in places]
         pieces = torch.split(gathered, [stop - start for start, stop in held], self.dim)
         for (start, stop), piece in zip(held, pieces, strict=True):
@@ -63,6 +65,18 @@ def take(full: Tensor, dim: int, ranges: tuple[tuple[int, int], ...]) -> Tensor:
     """Ranges of one dimension, side by side; a view where it is one range."""
     pieces = [full.narrow(dim, start, stop - start) for start, stop in ranges]
     return pieces[0] if len(pieces) == 1 else torch.cat([full.narrow(dim, 0, 0), *pieces], dim)
+
+
+def put_mark(tensor: Tensor, mark: ShardMark | None) -> None:
+    """Mark a parameter, or a tensor of its shape, as a shard; None leaves it unmarked."""
+    if mark is not None:
+        setattr(tensor, _MARK, mark)
+
+
+def full_of(value: Tensor) -> Tensor:
+    """A parameter put together from all ranks; as it is where it is not sharded. Collective."""
+    mark = mark_of(value)
+    return value.detach() if mark is None else mark.full(value)
 
 
 def mark_of(parameter: Tensor) -> ShardMark | None:
@@ -103,9 +117,9 @@ class ShardedModule(nn.Module):
         self._put_mark(name)
 
     def _put_mark(self, name: str) -> None:
-        parameter, mark = self._parameters.get(name), self.mark(name)
-        if parameter is not None and mark is not None:
-            setattr(parameter, _MARK, mark)
+        parameter = self._parameters.get(name)
+        if parameter is not None:
+            put_mark(parameter, self.mark(name))
 
     # both make parameters anew without registering them
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
