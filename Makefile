@@ -1,4 +1,4 @@
-# make demo | test | sanitize | coverage | soak | lint | format | bench | gpu-check | clean      (PYTHON=, VENV=, TORCH=, ARGS= may be set)
+# make demo | train | test | sanitize | coverage | soak | lint | format | bench | gpu-check | clean      (PYTHON=, VENV=, TORCH=, ARGS= may be set)
 # Each target does the set-up that it needs, on a bare clone too; what has not changed is not done again.
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,13 +10,16 @@ SETUP = PY=$$(sh scripts/setup.sh) && export PATH="$$(dirname "$$PY"):$$PATH"
 SETUP_DEV = PY=$$(sh scripts/setup.sh dev) && export PATH="$$(dirname "$$PY"):$$PATH"
 CXX_FILES = find csrc bench tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 
-.PHONY: demo test ctest pytest sanitize coverage soak lint format bench gpu-check setup clean
+.PHONY: demo train test ctest pytest sanitize coverage soak lint format bench gpu-check setup clean
 
 setup:
 	@$(SETUP) && echo "$$PY"
 
 demo:
 	@$(SETUP) && exec "$$PY" examples/demo.py $(ARGS)
+
+train:
+	@PY=$$(sh scripts/setup.sh bench) && exec "$$PY" examples/train.py $(ARGS)
 
 test: ctest
 	@$(MAKE) --no-print-directory pytest

@@ -3,7 +3,8 @@
 torchrun --standalone --nproc-per-node 2 examples/train_llama.py --out DIR
 
 The text is the English documentation that every CPython carries (``pydoc_data.topics``). All ranks
-see the same batches; the model is transformers' own, cut by ``tp.parallelize``.
+see the same batches; the model is transformers' own, cut by ``tp.parallelize``. ``--steps`` makes
+runs repeatable, ``--stop`` ends one early and ``--resume`` goes on with it, at any number of ranks.
 """
 
 from __future__ import annotations
@@ -76,7 +77,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
     parser.add_argument("--seconds", type=float, default=60.0, help="training time")
     parser.add_argument("--rate", type=float, default=5e-3, help="peak learning rate")
+    parser.add_argument("--steps", type=int, help="train so many steps, not --seconds")
+    parser.add_argument("--stop", type=int, help="with --steps: end after this step")
+    parser.add_argument("--resume", type=Path, help="with --steps: go on with this folder's state")
     options = parser.parse_args()
+    if options.steps is None and (options.stop or options.resume):
+        parser.error("--stop and --resume go with --steps: a time says nothing of where a run is")
 
     with tp.init_tensor_parallel() as group:
         tokenizer = byte_tokenizer()
@@ -86,16 +92,22 @@ def main() -> None:
         model = tp.parallelize(make_model(), group)
         optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
         before = held_out_loss(model, held_out)
+        step, last = 0, options.stop or options.steps
+        if options.resume is not None:
+            tp.DistributedCheckpointLoader(options.resume, group).load(model, optimizer)
+            step = json.loads((options.resume / "training.json").read_text())["steps"]
+        losses = []
 
-        draw = torch.Generator().manual_seed(1)  # the same batches on every rank
         progress = torch.zeros(1, dtype=torch.float64)
         bar = tqdm(total=100, unit="%", disable=group.rank != 0, bar_format="{l_bar}{bar}{postfix}")
         started = time.monotonic()
-        steps = 0
-        while progress.item() < 1:
+        while progress.item() < 1 if last is None else step < last:
+            draw = torch.Generator().manual_seed(step)  # the same batch on every rank
             starts = torch.randint(len(train) - LENGTH, (BATCH,), generator=draw)
             rows = torch.stack([train[s : s + LENGTH] for s in starts])
-            warm_up = min(1.0, (steps + 1) / 20)
+            warm_up = min(1.0, (step + 1) / 20)
+            if options.steps is not None:
+                progress.fill_(step / options.steps)
             for settings in optimizer.param_groups:
                 decay = 0.5 * (1 + math.cos(math.pi * progress.item()))
                 settings["lr"] = options.rate * warm_up * max(decay, 0.05)
@@ -103,22 +115,25 @@ def main() -> None:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            steps += 1
-            # rank 0's clock decides for all, or the ranks would stop at different steps
-            progress.fill_((time.monotonic() - started) / options.seconds)
-            group.broadcast_(progress)
-            bar.n = min(100, int(100 * progress.item()))
-            bar.set_postfix_str(f"step {steps}, loss {loss.item():.3f}")
+            losses.append(loss.item())
+            step += 1
+            if options.steps is None:
+                # rank 0's clock decides for all, or the ranks would stop at different steps
+                progress.fill_((time.monotonic() - started) / options.seconds)
+                group.broadcast_(progress)
+            bar.n = min(100, math.ceil(100 * progress.item()))
+            bar.set_postfix_str(f"step {step}, loss {losses[-1]:.3f}")
         bar.close()
 
         facts = {
             "parameters": sum(math.prod(t.shape) for t in make_model().parameters()),
             "text_bytes": len(ids),
-            "steps": steps,
+            "steps": step,
             "loss_before": before,
             "loss_after": held_out_loss(model, held_out),
+            "losses": losses,
         }
-        tp.save_pretrained(model, options.out)
+        tp.CheckpointSaver(options.out, group).save(model, optimizer if options.stop else None)
         if group.rank == 0:
             PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(options.out)
             (options.out / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
