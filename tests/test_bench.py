@@ -98,6 +98,26 @@ def test_bench_collectives_compares_verified_results(microbench: Path, tmp_path:
     assert str(result["environment"]["cores"]) in done.stdout
 
 
+def test_bench_block_compares_verified_results_and_weighs_the_ranks(tmp_path: Path) -> None:
+    path = tmp_path / "block.json"
+    done = run(sys.executable, BENCH / "bench_block.py", "--quick", "--json", path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(path.read_text())
+    assert {(row["kind"], row["tokens"]) for row in result["rows"]} == {
+        ("forward", 1),
+        ("forward", 16),
+        ("forward", 128),
+        ("training", 128),
+    }
+    for row in result["rows"]:
+        assert row["verified"] is True and row["dtensor_over_tp_native"] > 0
+        assert ("sequence" in row) == (row["tokens"] > 1)
+    assert [row["ranks"] for row in result["memory"]] == [1, 2, 3, 4] * 3
+    for row in result["memory"]:
+        assert row["worst"] <= 0.02 and row["passes"]
+        assert row["sharded_share"] >= 0.95
+
+
 PEERS = ["vllm", "deepspeed", "impi", "openmpi"]
 FACTS = {"commit", "torch", "cpu", "cores", "reduce_isa"}
 TIMING = {"best_us", "median_us", "spread"}
