@@ -202,6 +202,13 @@ def gradients_follow_the_rules(group: Group) -> None:
     y = tp.reduce_scatter_sum(x, 1, partition=cut)
     scattered = [rank_data((2, n), torch.float64, 60 + r) for r, n in enumerate(sizes)]
     assert torch.equal(grad(y, x, scattered[rank]), torch.cat(scattered, 1))
+    x = leaf((2, cut.size), 0)  # replicated
+    y = tp.scatter_to_ranks(x, 1, partition=cut)
+    assert torch.equal(y, x[:, cut.slice(rank)])
+    assert torch.equal(grad(y, x, scattered[rank]), torch.cat(scattered, 1))
+    if size > 1:
+        with pytest.raises(ValueError, match="adds up to"):
+            tp.scatter_to_ranks(x, 0, partition=tp.Partition.from_sizes([4] * size))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 import pytest
@@ -156,6 +157,24 @@ def test_heads_are_cut_as_promised_for_every_size() -> None:
                 assert kv.is_replicated == (kv.local_sizes.size > kv_heads)
                 groups_per_rank = -(-kv_heads // ranks)
                 assert max(queries) <= groups_per_rank * (heads // kv_heads)
+
+
+@given(st.integers(1, 3000), st.integers(1, 8), st.integers(1, 64), st.integers(0, 2**32))
+def test_every_token_is_one_ranks_row(vocab: int, ranks: int, granule: int, seed: int) -> None:
+    """What an embedding relies on, for 3, 5, 6 and 7 ranks too: id -> (rank, local row) is one to
+    one, and the rows put together in rank order are the table.
+    """
+    cut = Partition.even(vocab, ranks, granule)
+    draw = random.Random(seed)
+    ids = [draw.randrange(vocab) for _ in range(50)] + [0, vocab - 1]
+    table = [
+        row for rank in range(ranks) for row in range(cut.slice(rank).start, cut.slice(rank).stop)
+    ]
+    assert table == list(range(vocab))
+    for token in ids:
+        holders = [r for r in range(ranks) if cut.offset(r) <= token < cut.offset(r) + cut[r]]
+        assert holders == [cut.owner(token)]
+        assert table[cut.offset(holders[0]) :][token - cut.offset(holders[0])] == token
 
 
 def test_stacked_parts_are_cut_each_on_its_own() -> None:
