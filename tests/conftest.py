@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from harness import stop_worlds
+from nursery import Nursery
 
 
 def pytest_configure() -> None:
@@ -28,3 +29,10 @@ def pytest_configure() -> None:
 def worlds_end_with_the_session() -> Iterator[None]:
     yield
     stop_worlds()
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    started = Nursery(tmp_path_factory.mktemp("ranks"))
+    yield started
+    started.close()

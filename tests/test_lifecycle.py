@@ -20,11 +20,9 @@ from hypothesis.stateful import run_state_machine_as_test as run_machine
 
 import tp_native as tp
 from harness import World
-from test_exits import Nursery, nursery, script
+from nursery import Nursery, script
 from test_soak import all_collectives
 from tp_native.group import Group
-
-__all__ = ["nursery"]  # a fixture, shared
 
 SIZE = 2
 STEP_S = 20.0  # no step may need it, whatever happened before
