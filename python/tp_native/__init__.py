@@ -22,7 +22,12 @@ from .errors import (
 )
 from .generate import generate
 from .group import Group, current_group, init_tensor_parallel
-from .nn import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from .nn import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    vocab_parallel_cross_entropy,
+)
 from .parallelize import DistributedModelWrapper, parallelize
 from .partition import Partition
 from .plan import ShardPlan, plan
@@ -66,4 +71,5 @@ __all__ = [
     "simulate",
     "synchronize_across_ranks",
     "verify",
+    "vocab_parallel_cross_entropy",
 ]
