@@ -433,11 +433,8 @@ def keeps_no_softmax(group: Group) -> None:
     assert [t.numel() for t in saved if t.data_ptr() != x.data_ptr()] == [64, 128, 2]
     with torch.profiler.profile(profile_memory=True) as profile:
         (grad,) = torch.autograd.grad(loss.sum(), x)
-    sizes = [e.cpu_memory_usage for e in profile.events() if e.cpu_memory_usage >= 64 * 256]
-    assert sizes and max(sizes) == grad.nbytes
-    assert sum(e.self_cpu_memory_usage for e in profile.key_averages() if "empty" in e.key) < (
-        grad.nbytes + 4096
-    )
+    allocated = sum(max(0, event.self_cpu_memory_usage) for event in profile.events())
+    assert grad.nbytes <= allocated <= grad.nbytes + 64  # and the scalars of the sum
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

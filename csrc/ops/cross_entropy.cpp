@@ -182,45 +182,103 @@ double loss_of(const LogitStatistics& whole, double predicted, int64_t vocabular
   return (1 - label_smoothing) * loss + label_smoothing * mean;
 }
 
-template <class V>
-void exchange(comm::Communicator& communicator, const Signature& whole, const Tensor& logits,
-              const Tensor& labels, const Cut& cut, bool is_cut_given, const Options& options,
-              const Tensor& loss, const Tensor& statistics) {
-  const comm::Identity& self = communicator.identity();
-  const int64_t* const target = labels.const_data_ptr<int64_t>();
-  const Message<V> message{.fields = options.label_smoothing == 0 ? 3 : 4, .rows = labels.numel()};
-  const DType dtype = dtype_of(logits);
-  const int64_t width = logits.size(-1);
-  const int64_t first = cut.first(self.rank);
-  const int64_t columns = cut.columns[self.rank];
+/// One call of the op on this rank.
+struct Call {
+  const Tensor& logits;
+  const int64_t* target;
+  const Cut& cut;
+  int64_t rank;
+  Options options;
 
-  const auto is_outside = [&](int64_t id) {
+  bool is_outside(int64_t id) const {
     return id != options.ignore_index && (id < 0 || id >= cut.vocabulary);
-  };
-  const int64_t* const wrong = std::find_if(target, target + message.rows, is_outside);
-  const bool is_wrong = wrong != target + message.rows;
+  }
+};
+
+/// This rank's message; without statistics where the ranks will raise.
+template <class V>
+std::vector<V> told(const Message<V>& message, const Call& call) {
+  const auto is_outside = [&](int64_t id) { return call.is_outside(id); };
+  const int64_t width = call.logits.size(-1);
+  const bool is_wrong = std::any_of(call.target, call.target + message.rows, is_outside);
   std::vector<V> mine(static_cast<size_t>(message.size()));
   mine[0] = static_cast<V>(width);
   mine[1] = static_cast<V>(is_wrong);
-  if (!is_wrong && width == cut.widths[self.rank]) {
-    const Rows rows(logits);
-    for_each_row(message.rows, width, [&](int64_t row) {
-      const void* const at = rows[row];
-      const LogitStatistics found =
-          kernels::logit_statistics(dtype, at, columns, message.fields > 3);
-      V* const to = message.of_row(mine.data(), row);
-      to[0] = static_cast<V>(found.max);
-      to[1] = static_cast<V>(found.exp_sum);
-      const int64_t hit = target[row] - first;
-      if (hit >= 0 && hit < columns) {
-        to[2] = static_cast<V>(kernels::logit_value(dtype, at, hit));
-      }
-      if (message.fields > 3) to[3] = static_cast<V>(found.shifted_sum);
-    });
-  }
+  if (is_wrong || width != call.cut.widths[call.rank]) return mine;
+  const Rows rows(call.logits);
+  const DType dtype = dtype_of(call.logits);
+  const int64_t first = call.cut.first(call.rank);
+  const int64_t columns = call.cut.columns[call.rank];
+  for_each_row(message.rows, width, [&](int64_t row) {
+    const void* const at = rows[row];
+    const LogitStatistics found = kernels::logit_statistics(dtype, at, columns, message.fields > 3);
+    V* const to = message.of_row(mine.data(), row);
+    to[0] = static_cast<V>(found.max);
+    to[1] = static_cast<V>(found.exp_sum);
+    const int64_t hit = call.target[row] - first;
+    if (hit >= 0 && hit < columns) to[2] = static_cast<V>(kernels::logit_value(dtype, at, hit));
+    if (message.fields > 3) to[3] = static_cast<V>(found.shifted_sum);
+  });
+  return mine;
+}
 
-  const std::vector<int64_t> sizes(static_cast<size_t>(self.size), message.size());
-  const std::vector<int64_t> shape = {self.size * message.size()};
+/// Raises ValueError or IndexError, on all ranks alike.
+template <class V>
+void check_told(const Message<V>& message, const V* all, const Call& call) {
+  std::vector<int64_t> widths;
+  bool is_any_wrong = false;
+  bool is_as_cut = true;
+  for (size_t r = 0; r < call.cut.widths.size(); ++r) {
+    const V* const from = all + static_cast<int64_t>(r) * message.size();
+    widths.push_back(static_cast<int64_t>(from[0]));
+    is_as_cut = is_as_cut && from[0] == static_cast<V>(call.cut.widths[r]);
+    is_any_wrong = is_any_wrong || from[1] != 0;
+  }
+  if (!is_as_cut) refuse_widths(widths, call.cut);
+  if (!is_any_wrong) return;
+  for (int64_t row = 0; row < message.rows; ++row) {
+    TORCH_CHECK_INDEX(!call.is_outside(call.target[row]), kOp, ": target ", call.target[row],
+                      " at position ", row, " is outside the vocabulary: expected 0 to ",
+                      call.cut.vocabulary - 1, ", or ignore_index, ", call.options.ignore_index);
+  }
+  TORCH_CHECK_INDEX(false, kOp, ": another rank has a target outside the vocabulary, 0 to ",
+                    call.cut.vocabulary - 1, "; the targets must be the same on all ranks");
+}
+
+template <class V>
+void combine(const Message<V>& message, const V* all, const Call& call, const Tensor& loss,
+             const Tensor& statistics) {
+  const auto size = static_cast<int64_t>(call.cut.widths.size());
+  V* const losses = loss.mutable_data_ptr<V>();
+  V* const max = statistics.mutable_data_ptr<V>();
+  V* const exp_sum = max + message.rows;
+  constexpr int64_t kLogitsPerRank = 16;  // a rank's share of a row costs about as much
+  for_each_row(message.rows, kLogitsPerRank * size, [&](int64_t row) {
+    c10::SmallVector<LogitStatistics, 8> parts;
+    for (int64_t r = 0; r < size; ++r) {
+      parts.push_back(message.statistics(all + r * message.size(), row));
+    }
+    const LogitStatistics found = kernels::combined({parts.data(), parts.size()}, call.cut.columns);
+    max[row] = static_cast<V>(kernels::shift_of(found.max));
+    exp_sum[row] = static_cast<V>(found.exp_sum);
+    losses[row] = 0;
+    if (call.target[row] == call.options.ignore_index) return;
+    const int64_t owner = call.cut.owner(call.target[row]);
+    const V predicted = message.of_row(all + owner * message.size(), row)[2];
+    losses[row] = static_cast<V>(
+        loss_of(found, predicted, call.cut.vocabulary, call.options.label_smoothing));
+  });
+}
+
+template <class V>
+void exchange(comm::Communicator& communicator, const Signature& whole, const Call& call,
+              const Tensor& loss, const Tensor& statistics) {
+  const int64_t size = communicator.identity().size;
+  const Message<V> message{.fields = call.options.label_smoothing == 0 ? 3 : 4,
+                           .rows = loss.numel()};
+  const std::vector<V> mine = told(message, call);
+  const std::vector<int64_t> sizes(static_cast<size_t>(size), message.size());
+  const std::vector<int64_t> shape = {size * message.size()};
   std::vector<V> all(static_cast<size_t>(shape[0]));
   const Signature step{.op = OpCode::kAllGather,
                        .dtype = dtype_of(loss),
@@ -229,48 +287,9 @@ void exchange(comm::Communicator& communicator, const Signature& whole, const Te
                        .sizes = sizes,
                        .whole = &whole};
   communicator.all_gather(step, mine.data(), all.data(), 1, sizes, {});
-
-  std::vector<int64_t> widths;
-  bool is_any_wrong = false;
-  bool is_as_cut = true;
-  for (int64_t r = 0; r < self.size; ++r) {
-    const V* const from = all.data() + r * message.size();
-    widths.push_back(static_cast<int64_t>(from[0]));
-    is_as_cut = is_as_cut && from[0] == static_cast<V>(cut.widths[r]);
-    is_any_wrong = is_any_wrong || from[1] != 0;
-  }
-  if (!is_as_cut) refuse_widths(widths, cut);
-  if (is_any_wrong) {
-    TORCH_CHECK_INDEX(!is_wrong, kOp, ": target ", *wrong, " at position ", wrong - target,
-                      " is outside the vocabulary: expected 0 to ", cut.vocabulary - 1,
-                      ", or ignore_index, ", options.ignore_index);
-    TORCH_CHECK_INDEX(false, kOp, ": another rank has a target outside the vocabulary, 0 to ",
-                      cut.vocabulary - 1, "; the targets must be the same on all ranks");
-  }
-  if (!is_cut_given) refuse_gathered_padding(cut);
-  refuse_gathered(message, all.data(), cut, target, options.ignore_index);
-
-  V* const losses = loss.mutable_data_ptr<V>();
-  V* const max = statistics.mutable_data_ptr<V>();
-  V* const exp_sum = max + message.rows;
-  constexpr int64_t kLogitsPerExp = 16;  // a rank's share of a row costs as much, roughly
-  for_each_row(message.rows, kLogitsPerExp * self.size, [&](int64_t row) {
-    c10::SmallVector<LogitStatistics, 8> parts;
-    for (int64_t r = 0; r < self.size; ++r) {
-      parts.push_back(message.statistics(all.data() + r * message.size(), row));
-    }
-    const LogitStatistics found = kernels::combined({parts.data(), parts.size()}, cut.columns);
-    max[row] = static_cast<V>(kernels::shift_of(found.max));
-    exp_sum[row] = static_cast<V>(found.exp_sum);
-    if (target[row] == options.ignore_index) {
-      losses[row] = 0;
-      return;
-    }
-    const int64_t owner = cut.owner(target[row]);
-    const V predicted = message.of_row(all.data() + owner * message.size(), row)[2];
-    losses[row] =
-        static_cast<V>(loss_of(found, predicted, cut.vocabulary, options.label_smoothing));
-  });
+  check_told(message, all.data(), call);
+  refuse_gathered(message, all.data(), call.cut, call.target, call.options.ignore_index);
+  combine(message, all.data(), call, loss, statistics);
 }
 
 std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& target,
@@ -282,6 +301,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, const Ten
   const comm::Identity& self = communicator->identity();
   const at::IntArrayRef sizes = C10_AS_INTARRAYREF_SLOW(symbolic);
   check_cross_entropy(kOp, logits, target, sizes, rank, self);
+  const Placed placed(kOp, logits, self);  // a group on GPUs takes none of these
   const Signature whole{.op = OpCode::kVocabParallelCrossEntropy,
                         .dtype = dtype_of(logits),
                         .shape = span_of(target.sizes()),
@@ -289,6 +309,7 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, const Ten
   const Cut cut =
       cut_of(sizes.empty() ? gather_widths(*communicator, whole, logits.size(-1)) : sizes.vec(),
              vocab_size);
+  if (sizes.empty()) refuse_gathered_padding(cut);
   const Tensor labels = target.to(at::kLong).contiguous();
   const at::TensorOptions options = logits.options().dtype(wide_type(logits));
   std::vector<int64_t> shape = target.sizes().vec();
@@ -296,8 +317,9 @@ std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, const Ten
   shape.insert(shape.begin(), 2);
   const Tensor statistics = at::empty(shape, options);
   const auto run = loss.scalar_type() == at::kDouble ? &exchange<double> : &exchange<float>;
-  run(*communicator, whole, logits, labels, cut, !sizes.empty(), {ignore_index, label_smoothing},
-      loss, statistics);
+  const Call call{
+      logits, labels.const_data_ptr<int64_t>(), cut, rank, {ignore_index, label_smoothing}};
+  run(*communicator, whole, call, loss, statistics);
   const Tensor place = at::empty({2}, options.dtype(at::kLong));
   place.mutable_data_ptr<int64_t>()[0] = cut.first(rank);
   place.mutable_data_ptr<int64_t>()[1] = cut.vocabulary;
