@@ -298,6 +298,45 @@ def test_embedding_and_its_gradient(dtype: torch.dtype, world_size: int) -> None
     share(looks_up, world_size, dtype)
 
 
+def counts_the_whole_vocabulary(group: Group, dtype: torch.dtype) -> None:
+    whole = data((5, 23), dtype, 1)
+    target = torch.tensor([0, 22, 7, -100, 19])
+    for cut in (
+        tp.Partition.even(23, group.size),
+        tp.Partition.from_ratios(23, [0, 1, 2][-group.size :]),
+    ):
+        mine = cut.slice(group.rank)
+        for vocab_size, smoothing, partition in (
+            (None, 0.0, cut),
+            (None, 0.1, None),
+            (23, 0.1, cut),
+        ):
+            x = whole[:, mine].clone().requires_grad_()
+            loss = tp.vocab_parallel_cross_entropy(
+                x,
+                target.to(GPU),
+                label_smoothing=smoothing,
+                vocab_size=vocab_size,
+                partition=partition,
+                group=group,
+            )
+            dense = whole.cpu().double().clone().requires_grad_()
+            exact = F.cross_entropy(dense, target, reduction="none", label_smoothing=smoothing)
+            # of its statistics, float32's at least
+            limit = LIMITS[torch.float64 if dtype == torch.float64 else torch.float32]
+            check("loss", loss.detach(), exact.detach(), limit)
+            loss.sum().backward()
+            exact.sum().backward()
+            assert x.grad is not None and dense.grad is not None
+            check("its gradient", x.grad, dense.grad[:, mine], LIMITS[dtype])
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
+def test_cross_entropy_and_its_gradient(dtype: torch.dtype, world_size: int) -> None:
+    share(counts_the_whole_vocabulary, world_size, dtype)
+
+
 class Block(nn.Module):
     """Column, activation, row: a rank's part of an MLP."""
 

@@ -49,6 +49,15 @@ def samples(group: Group) -> Iterator[tuple[str, tuple[Any, ...]]]:
     yield "reduce_scatter", (t(sum(widths), 2), order, widths, 0, "avg", rank, name)
     ids = torch.tensor([[0, 1, sum(widths) - 1], [2, 3, 1]])
     yield "vocab_parallel_embedding", (ids, t(mine, 3), order, widths, 2, rank, name)
+    labels = torch.tensor([[0, -100, sum(widths) - 1], [2, 5, 1]])
+    for sizes, vocab_size, smoothing in ((widths, None, 0.1), ([], sum(widths) - 1, 0.0)):
+        target = labels.clamp(max=sum(widths) - 2)
+        args = (t(2, 3, mine), target, order, sizes, vocab_size, -100, smoothing, rank, name)
+        yield "vocab_parallel_cross_entropy", args
+    place = torch.tensor([sum(widths[:rank]), sum(widths)])
+    statistics = torch.rand(2, 2, 3) + 3
+    args = (torch.rand(2, 3), torch.rand(2, 3, mine), labels, statistics, place, -100, 0.1)
+    yield "vocab_parallel_cross_entropy_backward", args
     yield "all_reduce_", (torch.randn(7), order, "sum", name)
     yield "broadcast_", (torch.randn(7), order, 0, name)
     whole = torch.randn(sum(widths), 2)

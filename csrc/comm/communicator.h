@@ -31,6 +31,7 @@ enum class OpCode : uint8_t {
   kScatter,
   kRowParallelLinearAddRmsNorm,
   kInit,
+  kVocabParallelCrossEntropy,
 };
 const char* name(OpCode op);
 

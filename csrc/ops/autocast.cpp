@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Under torch.autocast the linear layers compute in its dtype, as F.linear does: the operands are
-// cast here, above autograd, so that forward, backward and fake kernels see one dtype. The other
-// ops keep their input's dtype, as torch's copies and look-ups do.
+// cast here, above autograd, so that forward, backward and fake kernels see one dtype. The cross
+// entropy computes in float32 whatever the logits are, so nothing is to be cast. The other ops keep
+// their input's dtype, as torch's copies and look-ups do.
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
 

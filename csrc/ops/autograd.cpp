@@ -255,6 +255,37 @@ struct GluFunction : Function<GluFunction> {
   }
 };
 
+/// No softmax is kept: the logits, which autograd has anyway, and two numbers a row make it again.
+struct CrossEntropyFunction : Function<CrossEntropyFunction> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& logits, const Tensor& target,
+                               const Tensor& order, std::vector<c10::SymInt> sizes,
+                               std::optional<int64_t> vocab_size, int64_t ignore_index,
+                               double label_smoothing, int64_t rank, std::string group) {
+    static const auto kOp = find_op<CrossEntropy>("tp_native::vocab_parallel_cross_entropy");
+    at::AutoDispatchBelowADInplaceOrView guard;
+    const auto [loss, statistics, place] = kOp.call(logits, target, order, sizes, vocab_size,
+                                                    ignore_index, label_smoothing, rank, group);
+    ctx->save_for_backward({logits, target, statistics, place});
+    ctx->saved_data["ignore_index"] = ignore_index;
+    ctx->saved_data["label_smoothing"] = label_smoothing;
+    ctx->mark_non_differentiable({statistics, place});
+    ctx->set_materialize_grads(false);
+    return {loss, statistics, place};
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    static const auto kOp =
+        find_op<CrossEntropyBackward>("tp_native::vocab_parallel_cross_entropy_backward");
+    const auto saved = ctx->get_saved_variables();
+    Tensor d_logits;
+    if (grads[0].defined()) {
+      d_logits = kOp.call(grads[0], saved[0], saved[1], saved[2], saved[3],
+                          ctx->saved_data["ignore_index"].toInt(),
+                          ctx->saved_data["label_smoothing"].toDouble());
+    }
+    return {d_logits, none(), none(), none(), none(), none(), none(), none(), none()};
+  }
+};
+
 void all_reduce_in_place(const Tensor& t, const Tensor& order, std::string_view op,
                          std::string_view group) {
   TORCH_CHECK(
@@ -414,6 +445,33 @@ Tensor vocab_parallel_embedding(const Tensor& ids, const Tensor& weight, const T
                                   std::string(group));
 }
 
+std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& target,
+                                                 const Tensor& order, Sizes sizes,
+                                                 std::optional<int64_t> vocab_size,
+                                                 int64_t ignore_index, double label_smoothing,
+                                                 int64_t rank, std::string_view group) {
+  if (!needs_grad(logits)) {
+    static const auto kOp = find_op<CrossEntropy>("tp_native::vocab_parallel_cross_entropy");
+    at::AutoDispatchBelowADInplaceOrView guard;
+    return kOp.call(logits, target, order, sizes, vocab_size, ignore_index, label_smoothing, rank,
+                    group);
+  }
+  const variable_list out =
+      CrossEntropyFunction::apply(logits, target, order, sizes.vec(), vocab_size, ignore_index,
+                                  label_smoothing, rank, std::string(group));
+  return {out[0], out[1], out[2]};
+}
+
+Tensor cross_entropy_backward(const Tensor& grad, const Tensor& logits, const Tensor& target,
+                              const Tensor& statistics, const Tensor& place, int64_t ignore_index,
+                              double label_smoothing) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!needs_grad(grad, logits),
+                              "vocab_parallel_cross_entropy has no second derivative: use "
+                              "F.cross_entropy on gathered logits");
+  return below<CrossEntropyBackward, "tp_native::vocab_parallel_cross_entropy_backward">(
+      grad, logits, target, statistics, place, ignore_index, label_smoothing);
+}
+
 TORCH_LIBRARY_IMPL(tp_native, Autograd, m) {
   m.impl("all_reduce_", &all_reduce_in_place);
   m.impl("broadcast_", &broadcast_in_place);
@@ -431,6 +489,8 @@ TORCH_LIBRARY_IMPL(tp_native, Autograd, m) {
   m.impl("glu", &glu);
   m.impl("glu_backward", &glu_backward);
   m.impl("vocab_parallel_embedding", &vocab_parallel_embedding);
+  m.impl("vocab_parallel_cross_entropy", &cross_entropy);
+  m.impl("vocab_parallel_cross_entropy_backward", &cross_entropy_backward);
 }
 
 }  // namespace

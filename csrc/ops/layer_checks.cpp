@@ -85,6 +85,22 @@ void check_vocab_parallel(const char* op, const Tensor& ids, const Tensor& weigh
                     text_of(sizes));
 }
 
+void check_cross_entropy(const char* op, const Tensor& logits, const Tensor& target,
+                         at::IntArrayRef sizes, int64_t rank, const comm::Identity& self) {
+  check_rank(op, rank, self);
+  if (!sizes.empty()) check_sizes(op, sizes, self);
+  TORCH_CHECK_TYPE(logits.is_floating_point(), op, ": the logits are ", logits.scalar_type(),
+                   ": expected a floating dtype");
+  TORCH_CHECK_TYPE(target.scalar_type() == at::kLong || target.scalar_type() == at::kInt, op,
+                   ": the target is ", target.scalar_type(), ": expected int64 or int32");
+  TORCH_CHECK_VALUE(logits.device() == target.device(), op, ": the logits are on ", logits.device(),
+                    ", the target on ", target.device());
+  TORCH_CHECK_VALUE(
+      logits.dim() >= 1 && target.sizes().equals(logits.sizes().slice(0, logits.dim() - 1)), op,
+      ": logits of shape ", text_of(logits.sizes()), " and target of shape ",
+      text_of(target.sizes()), ": expected (..., local_vocab) and (...)");
+}
+
 void check_fused_activation(const char* op, std::string_view activation) {
   TORCH_CHECK_VALUE(activation == "relu" || activation == "gelu_tanh", op, ": activation \"",
                     activation,

@@ -28,6 +28,10 @@ void check_column_parallel(const char* op, const Tensor& x, const Tensor& weight
                            const comm::Identity& self);
 void check_vocab_parallel(const char* op, const Tensor& ids, const Tensor& weight,
                           at::IntArrayRef sizes, int64_t rank, const comm::Identity& self);
+/// What one rank can know. What only the ranks together can is checked later: on CPUs behind their
+/// exchange, so that all of them raise.
+void check_cross_entropy(const char* op, const Tensor& logits, const Tensor& target,
+                         at::IntArrayRef sizes, int64_t rank, const comm::Identity& self);
 
 /// Only those that a GEMM's epilogue has: "relu", "gelu_tanh".
 void check_fused_activation(const char* op, std::string_view activation);

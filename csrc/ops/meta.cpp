@@ -101,6 +101,21 @@ Tensor vocab_parallel_embedding(const Tensor& ids, const Tensor& weight, const T
   return at::empty_symint(shape, weight.options());
 }
 
+std::tuple<Tensor, Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& target,
+                                                 const Tensor&, Sizes, std::optional<int64_t>,
+                                                 int64_t, double, int64_t, std::string_view) {
+  const at::TensorOptions options = logits.options().dtype(wide_type(logits));
+  std::vector<c10::SymInt> shape = target.sym_sizes().vec();
+  const Tensor loss = at::empty_symint(shape, options);
+  shape.insert(shape.begin(), 2);
+  return {loss, at::empty_symint(shape, options), at::empty({2}, options.dtype(at::kLong))};
+}
+
+Tensor cross_entropy_backward(const Tensor&, const Tensor& logits, const Tensor&, const Tensor&,
+                              const Tensor&, int64_t, double) {
+  return same(logits);
+}
+
 TORCH_LIBRARY_IMPL(tp_native, Meta, m) {
   m.impl("all_reduce_", &all_reduce_in_place);
   m.impl("broadcast_", &broadcast_in_place);
@@ -121,6 +136,8 @@ TORCH_LIBRARY_IMPL(tp_native, Meta, m) {
   m.impl("glu_backward", &glu_backward);
   m.impl("row_parallel_linear_add_rms_norm", &linear_add_rms_norm);
   m.impl("vocab_parallel_embedding", &vocab_parallel_embedding);
+  m.impl("vocab_parallel_cross_entropy", &cross_entropy);
+  m.impl("vocab_parallel_cross_entropy_backward", &cross_entropy_backward);
 }
 
 }  // namespace

@@ -49,5 +49,13 @@ TORCH_LIBRARY(tp_native, m) {
   m.def(
       "vocab_parallel_embedding(Tensor ids, Tensor weight, Tensor(a!) order, SymInt[] sizes, int "
       "padding_idx, int rank, str group) -> Tensor");
+  m.def(
+      "vocab_parallel_cross_entropy(Tensor logits, Tensor target, Tensor(a!) order, SymInt[] "
+      "sizes, "
+      "int? vocab_size, int ignore_index, float label_smoothing, int rank, str group) -> (Tensor "
+      "loss, Tensor statistics, Tensor place)");
+  m.def(
+      "vocab_parallel_cross_entropy_backward(Tensor grad, Tensor logits, Tensor target, Tensor "
+      "statistics, Tensor place, int ignore_index, float label_smoothing) -> Tensor");
   m.def("empty_shared(Tensor(a!) order, SymInt[] shape, ScalarType dtype, str group) -> Tensor");
 }

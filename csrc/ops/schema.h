@@ -49,6 +49,23 @@ using VocabParallelEmbedding = Tensor(const Tensor& ids, const Tensor& weight, c
                                       Sizes sizes, int64_t padding_idx, int64_t rank,
                                       std::string_view group);
 
+/// `sizes` empty: the ranks tell each other. `statistics`: of every row the maximum and the sum of
+/// exponentials that the gradient needs; `place`: this rank's first column and the vocabulary.
+using CrossEntropy = std::tuple<Tensor, Tensor, Tensor>(const Tensor& logits, const Tensor& target,
+                                                        const Tensor& order, Sizes sizes,
+                                                        std::optional<int64_t> vocab_size,
+                                                        int64_t ignore_index,
+                                                        double label_smoothing, int64_t rank,
+                                                        std::string_view group);
+using CrossEntropyBackward = Tensor(const Tensor& grad, const Tensor& logits, const Tensor& target,
+                                    const Tensor& statistics, const Tensor& place,
+                                    int64_t ignore_index, double label_smoothing);
+
+/// float64 for float64 logits, else float32.
+inline at::ScalarType wide_type(const Tensor& logits) {
+  return logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
 /// Raises ValueError where a layer's input and weight lie on different devices, fake and meta ones
 /// included.
 inline void check_device(const char* op, const Tensor& input, const Tensor& weight) {

@@ -36,6 +36,7 @@ from .nn import (
     TensorParallelTransformerBlock,
     VocabParallelEmbedding,
     deferred_gradients,
+    vocab_parallel_cross_entropy,
 )
 from .parallelize import DistributedModelWrapper, parallelize
 from .partition import Partition, ShardLayout
@@ -91,4 +92,5 @@ __all__ = [
     "simulate",
     "synchronize_across_ranks",
     "verify",
+    "vocab_parallel_cross_entropy",
 ]

@@ -32,6 +32,7 @@ _column_parallel_linear = _ops.column_parallel_linear.default
 _column_parallel_linear_act = _ops.column_parallel_linear_act.default
 _glu = _ops.glu.default
 _vocab_parallel_embedding = _ops.vocab_parallel_embedding.default
+_vocab_parallel_cross_entropy = _ops.vocab_parallel_cross_entropy.default
 _empty_shared = _ops.empty_shared.default
 
 
@@ -175,6 +176,26 @@ def vocab_parallel_embedding(
     """Rows of a table cut by vocabulary; ``padding_idx`` -1: none."""
     out: Tensor = _vocab_parallel_embedding(ids, weight, order, sizes, padding_idx, rank, group)
     return out
+
+
+def vocab_parallel_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    order: Tensor,
+    sizes: Sequence[int],
+    vocab_size: int | None,
+    ignore_index: int,
+    label_smoothing: float,
+    rank: int,
+    group: str,
+) -> Tensor:
+    """The loss of every row of logits that are cut by vocabulary; ``sizes`` empty: the ranks tell
+    each other.
+    """
+    out: tuple[Tensor, Tensor, Tensor] = _vocab_parallel_cross_entropy(
+        logits, target, order, sizes, vocab_size, ignore_index, label_smoothing, rank, group
+    )
+    return out[0]
 
 
 def empty_shared(order: Tensor, shape: Sequence[int], dtype: torch.dtype, group: str) -> Tensor:

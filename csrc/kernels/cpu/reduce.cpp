@@ -8,7 +8,6 @@
 #include "kernels/cpu/reduce_variants.h"
 
 namespace tp_native::kernels {
-namespace {
 
 const Variant& variant() {
   static const Variant& kVariant = []() -> const Variant& {
@@ -18,8 +17,6 @@ const Variant& variant() {
   }();
   return kVariant;
 }
-
-}  // namespace
 
 const char* reduce_isa() { return variant().isa; }
 

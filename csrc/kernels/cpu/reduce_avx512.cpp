@@ -72,7 +72,10 @@ struct Lanes {
 #include "kernels/cpu/reduce_simd.h"
 #include "kernels/cpu/rms_norm_simd.h"
 
-constexpr Variant kAvx512{"avx512", &reduce_any, &rms_norm_any};
+#include "kernels/cpu/cross_entropy_simd.h"
+
+constexpr Variant kAvx512{"avx512", &reduce_any, &rms_norm_any, &logit_statistics_any,
+                          &logit_gradient_any};
 
 }  // namespace
 

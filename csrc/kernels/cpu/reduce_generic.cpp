@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Every dtype and operation in plain C++; also the reference of the SIMD variants.
 #include <concepts>
+#include <limits>
 
 #include "core/error.h"
 #include "kernels/cpu/reduce_variants.h"
@@ -106,22 +107,62 @@ void rms_norm_any(const RowReduction& r) {
 }
 
 template <class V>
-V scale_of(V (&sums)[kPartialSums], int64_t columns, double eps) {
+V sum_of(V (&sums)[kPartialSums]) {
   for (int half = kPartialSums / 2; half > 0; half /= 2) {
     for (int k = 0; k < half; ++k) sums[k] += sums[k + half];
   }
-  return inverse_rms(sums[0], columns, eps);
+  return sums[0];
 }
+
+#include "kernels/cpu/exponential.h"
+
+template <class T, bool kHasShifted>
+void logit_statistics_of(const T* row, int64_t columns, LogitStatistics& out) {
+  using V = Value<T>;
+  constexpr V kNone = -std::numeric_limits<V>::infinity();
+  V max = kNone;
+  for (int64_t c = 0; c < columns; ++c) {
+    const V x = widen(row[c]);
+    max = x > max ? x : max;
+  }
+  max = max + V{0};
+  const V shift = max == kNone ? V{0} : max;
+  V sums[kPartialSums] = {};
+  V shifted[kPartialSums] = {};
+  for (int64_t c = 0; c < columns; ++c) {
+    const V below = widen(row[c]) - shift;
+    sums[c % kPartialSums] += exponential<V>(below);
+    if constexpr (kHasShifted) shifted[c % kPartialSums] += below;
+  }
+  out = {max, sum_of(sums), sum_of(shifted)};
+}
+
+template <class T>
+void logit_gradient_of(const T* row, int64_t columns, const LogitGradient& g, T* out) {
+  using V = Value<T>;
+  const V max = static_cast<V>(g.max);
+  const V scale = static_cast<V>(g.weight / g.exp_sum);
+  const V offset = static_cast<V>(g.weight * g.smoothing);
+  for (int64_t c = 0; c < columns; ++c) {
+    const V e = exponential<V>(widen(row[c]) - max);
+    out[c] = rounded<T>(e * scale - offset);
+  }
+}
+
+#include "kernels/cpu/cross_entropy_any.h"
 
 }  // namespace
 
+float total_of(float (&sums)[kPartialSums]) { return sum_of(sums); }
+double total_of(double (&sums)[kPartialSums]) { return sum_of(sums); }
 float rms_scale(float (&sums)[kPartialSums], int64_t columns, double eps) {
-  return scale_of(sums, columns, eps);
+  return inverse_rms(sum_of(sums), columns, eps);
 }
 double rms_scale(double (&sums)[kPartialSums], int64_t columns, double eps) {
-  return scale_of(sums, columns, eps);
+  return inverse_rms(sum_of(sums), columns, eps);
 }
 
-const Variant kGeneric{"generic", &reduce_any, &rms_norm_any};
+const Variant kGeneric{"generic", &reduce_any, &rms_norm_any, &logit_statistics_any,
+                       &logit_gradient_any};
 
 }  // namespace tp_native::kernels

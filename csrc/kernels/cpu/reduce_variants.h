@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "core/dtype.h"
+#include "kernels/cross_entropy.h"
 #include "kernels/reduce.h"
 
 namespace tp_native::kernels {
@@ -24,6 +25,10 @@ struct Variant {
   const char* isa;
   void (*reduce)(DType, ReduceOp, const Segment&);
   void (*reduce_rms_norm)(const RowReduction&);
+  void (*logit_statistics)(DType, const void* row, int64_t columns, bool has_shifted_sum,
+                           LogitStatistics&);
+  void (*logit_gradient)(DType, const void* row, int64_t columns, const LogitGradient&,
+                         void* out);  ///< the label's column as every other
 };
 
 /// Plain C++, and the reference of the others.
@@ -32,6 +37,13 @@ extern const Variant kGeneric;
 /// Null where the build's target or this CPU lacks them.
 const Variant* avx2_variant();
 const Variant* avx512_variant();
+
+/// The one that runs here.
+const Variant& variant();
+
+/// The sum of partial sums; they are overwritten.
+float total_of(float (&sums)[kPartialSums]);
+double total_of(double (&sums)[kPartialSums]);
 
 /// 1 / sqrt(mean + eps). The partial sums are overwritten.
 float rms_scale(float (&sums)[kPartialSums], int64_t columns, double eps);

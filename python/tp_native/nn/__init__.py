@@ -7,6 +7,7 @@ from .embedding import VocabParallelEmbedding
 from .gradients import deferred_gradients
 from .head import ParallelLMHead
 from .linear import ColumnParallelLinear, RowParallelLinear
+from .loss import vocab_parallel_cross_entropy
 from .mlp import ParallelMLP
 from .norm import ParallelLayerNorm, ParallelRMSNorm
 from .sharded import ShardedModule, ShardMark, full_of, mark_of, put_mark
@@ -29,4 +30,5 @@ __all__ = [
     "full_of",
     "mark_of",
     "put_mark",
+    "vocab_parallel_cross_entropy",
 ]
