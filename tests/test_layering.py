@@ -42,7 +42,7 @@ PYTHON = [
     {"checkpoint", "checkpoint.reader"},
     {"checkpoint.skeleton", "checkpoint.writer"},
     {"parallelize"},
-    {"checkpoint.loader"},
+    {"checkpoint.adapter", "checkpoint.loader"},
     {"generate", "orchestrator"},
     {"launch"},
     {"cli"},

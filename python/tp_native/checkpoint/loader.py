@@ -19,15 +19,13 @@ from ..group import GroupLike, current_group
 from ..parallelize import parallelize
 from ..plan import Shard, ShardPlan
 from ..state import state_of, unwrap
-from .reader import CheckpointFolder
+from .reader import CheckpointFolder, raise_if_any
 from .skeleton import (
     build_skeleton,
     load_generation_config,
     read_config,
     resolve_dtype,
 )
-
-_LISTED = 50  # names in one error message
 
 
 @dataclass(frozen=True)
@@ -155,7 +153,7 @@ def _match(model: nn.Module, files: CheckpointFolder) -> list[_Job]:
         for name in sorted(set(files.tensors) - set(sources.values()))
         if not any(re.search(pattern, name) for pattern in ignored)
     ]
-    _raise_if_any(
+    raise_if_any(
         files.path, type(model).__name__, missing=missing, unexpected=unexpected, misfit=wrong
     )
     return jobs
@@ -223,21 +221,6 @@ def _ignored_patterns(model: nn.Module) -> set[str]:
     if any(name.endswith("position_ids") for name in buffers):
         patterns.add(r"(^|\.)position_ids$")
     return patterns
-
-
-def _raise_if_any(folder: Path, model_name: str, **problems: list[str]) -> None:
-    if not any(problems.values()):
-        return
-    room, lines = _LISTED, []
-    for word, names in problems.items():
-        if names:
-            shown = names[:room]
-            room -= len(shown)
-            more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
-            lines.append(f"{len(names)} {word}: {', '.join(shown)}{more}")
-    raise CheckpointError(
-        f"{folder} does not fit {model_name}; no weight was loaded. " + "; ".join(lines)
-    )
 
 
 def _fill(

@@ -44,6 +44,7 @@ DTYPES: dict[str, torch.dtype] = {
 _HEADER_CAP = 100_000_000  # the crate's own limit
 _STAGE_BYTES = 16 << 20  # staging block for casts and devices; bounds memory, not speed
 _READ_BYTES = 64 << 20  # one read: as long as a peer's death may go unnoticed
+_LISTED = 50  # names in one error message
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
@@ -344,6 +345,22 @@ class CheckpointFolder:
             if name in self._file_of:
                 raise CheckpointError(f"{path}: tensor {name} is in {self._file_of[name]} as well")
             self._file_of[name] = file
+
+
+def raise_if_any(path: Path, model_name: str, **problems: list[str]) -> None:
+    """Raise CheckpointError with the names of each kind of problem, if there is one."""
+    if not any(problems.values()):
+        return
+    room, lines = _LISTED, []
+    for word, names in problems.items():
+        if names:
+            shown = names[:room]
+            room -= len(shown)
+            more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+            lines.append(f"{len(names)} {word}: {', '.join(shown)}{more}")
+    raise CheckpointError(
+        f"{path} does not fit {model_name}; no weight was loaded. " + "; ".join(lines)
+    )
 
 
 def _open_regular(path: Path) -> int:

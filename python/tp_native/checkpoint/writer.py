@@ -17,7 +17,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from ..agreement import agree, agreed
 from ..errors import CheckpointError
-from ..group import GroupLike, current_group
+from ..group import Group, GroupLike, current_group
+from ..nn import LoRAModule, mark_of
 from ..state import full_tensor, state_of, unwrap
 from .reader import DTYPES
 
@@ -40,8 +41,10 @@ _AT_FDCWD = -100  # linux/fcntl.h
 
 
 @dataclass(frozen=True)
-class _Item:
-    """One tensor of the folder to be: dense name and shape, and this rank's part."""
+class Item:
+    """One tensor of the folder to be: its name and shape there, and this rank's part with its
+    mark.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -72,20 +75,45 @@ def save_pretrained(
     state = state_of(model)
     group = state.group if state is not None else current_group(group)
     inner = unwrap(model)
+
+    def lay_out() -> list[tuple[str, list[Item]]]:
+        if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
+            raise ValueError(f"max_shard_bytes must be an int > 0, got {max_shard_bytes!r}")
+        return _lay_out(_items(inner), max_shard_bytes)
+
+    def add_rest(folder: Path, files: Sequence[tuple[str, list[Item]]]) -> None:
+        if len(files) > 1:
+            _write_index(folder, files)
+        _write_configs(inner, folder)
+
+    write_folder(inner, path, group, lay_out, add_rest, _OURS)
+
+
+def write_folder(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    group: Group,
+    lay_out: Callable[[], list[tuple[str, list[Item]]]],
+    add_rest: Callable[[Path, Sequence[tuple[str, list[Item]]]], None],
+    stale: re.Pattern[str],
+) -> None:
+    """Write what ``lay_out`` says and ``add_rest`` adds, in place of ``path`` in one rename.
+
+    Collective. Of an existing folder all files are kept but those written anew and those whose
+    names ``stale`` matches. ``lay_out`` runs on every rank, ``add_rest`` on rank 0.
+    """
     staging: _Staging | None = None
     try:
         with agreed(group):
-            if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
-                raise ValueError(f"max_shard_bytes must be an int > 0, got {max_shard_bytes!r}")
-            files = _lay_out(_items(inner), max_shard_bytes)
+            files = lay_out()
             if group.rank == 0:
                 staging = _Staging(Path(os.path.realpath(path)))
                 staging.check_room(sum(item.nbytes for _, items in files for item in items))
         for file, items in files:
-            agree(group, _write_file(inner, items, staging, file))
+            agree(group, _write_file(model, items, staging, file))
         with agreed(group):
             if staging is not None:
-                staging.commit(inner, files)
+                staging.commit(lambda folder: add_rest(folder, files), stale)
     finally:
         if staging is not None:
             staging.remove()
@@ -122,7 +150,13 @@ def parse_bytes(size: int | str) -> int:
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
-def _items(model: nn.Module) -> list[_Item]:
+def _items(model: nn.Module) -> list[Item]:
+    if any(not layer.lora_is_merged for layer in model.modules() if isinstance(layer, LoRAModule)):
+        raise CheckpointError(
+            f"{type(model).__name__} has LoRA adapters, which no other model would load: "
+            "save_lora(model, folder) writes them, and after merge_lora(model) they are saved in "
+            "the weights"
+        )
     state = state_of(model)
     items, seen = [], set()
     for name, value in model.state_dict(keep_vars=True).items():
@@ -133,16 +167,18 @@ def _items(model: nn.Module) -> list[_Item]:
             raise CheckpointError(f"{name} is on meta: load weights before saving")
         if value.dtype not in _NAMES:
             raise CheckpointError(f"{name} has dtype {value.dtype}, which safetensors cannot hold")
-        cut = state is not None and name in state.plan.shapes
-        shape = state.plan.shapes[name] if cut and state is not None else tuple(value.shape)
-        items.append(_Item(name, shape, value.detach()))
+        mark = mark_of(value)
+        shape = tuple(value.shape) if mark is None else mark.full_shape(value)
+        if mark is None and state is not None:
+            shape = state.plan.shapes.get(name, shape)
+        items.append(Item(name, shape, value))
     # Wide elements first: readers map tensors in place, so each must lie on its own alignment.
     return sorted(items, key=lambda item: -item.local.dtype.itemsize)
 
 
-def _lay_out(items: Sequence[_Item], max_bytes: int) -> list[tuple[str, list[_Item]]]:
+def _lay_out(items: Sequence[Item], max_bytes: int) -> list[tuple[str, list[Item]]]:
     """Fill files in order up to ``max_bytes``; a larger tensor gets a file of its own."""
-    groups: list[list[_Item]] = [[]]
+    groups: list[list[Item]] = [[]]
     room = max_bytes
     for item in items:
         if item.nbytes > room and groups[-1]:
@@ -157,7 +193,7 @@ def _lay_out(items: Sequence[_Item], max_bytes: int) -> list[tuple[str, list[_It
 
 
 def _write_file(
-    model: nn.Module, items: Sequence[_Item], staging: _Staging | None, file: str
+    model: nn.Module, items: Sequence[Item], staging: _Staging | None, file: str
 ) -> Exception | None:
     """Gather a file's tensors and, on rank 0, write them; a failure to write is returned.
 
@@ -187,7 +223,7 @@ def _write_file(
 class _FileWriter:
     """One safetensors file: its header first, then its tensors in the header's order."""
 
-    def __init__(self, path: Path, items: Sequence[_Item]) -> None:
+    def __init__(self, path: Path, items: Sequence[Item]) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for item in items:
@@ -257,13 +293,11 @@ class _Staging:
                 "new checkpoint lie side by side until the new one is complete"
             )
 
-    def commit(self, model: nn.Module, files: Sequence[tuple[str, list[_Item]]]) -> None:
-        """Add index, configs and the target's other files, reach the disk, and swap."""
+    def commit(self, add_rest: Callable[[Path], None], stale: re.Pattern[str]) -> None:
+        """Add the small files and the target's other ones, reach the disk, and swap."""
         try:
-            if len(files) > 1:
-                self._write_index(files)
-            _write_configs(model, self.path)
-            self._carry_over()
+            add_rest(self.path)
+            self._carry_over(stale)
             for root, _, names in os.walk(self.path):
                 for name in names:
                     if not name.endswith(".safetensors"):  # synced as they were written
@@ -300,25 +334,13 @@ class _Staging:
                 finally:
                     os.close(fd)
 
-    def _write_index(self, files: Sequence[tuple[str, list[_Item]]]) -> None:
-        items = [item for _, group in files for item in group]
-        index = {
-            "metadata": {
-                "total_parameters": sum(math.prod(item.shape) for item in items),
-                "total_size": sum(item.nbytes for item in items),
-            },
-            "weight_map": {item.name: file for file, group in files for item in group},
-        }
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (self.path / "model.safetensors.index.json").write_text(text)
-
-    def _carry_over(self) -> None:
+    def _carry_over(self, stale: re.Pattern[str]) -> None:
         if not self.target.is_dir():
             return
         shutil.copymode(self.target, self.path)
         for entry in os.scandir(self.target):
             to = self.path / entry.name
-            if _OURS.fullmatch(entry.name) or to.exists():
+            if stale.fullmatch(entry.name) or to.exists():
                 continue
             if entry.is_dir(follow_symlinks=False):
                 shutil.copytree(entry.path, to, symlinks=True, copy_function=_link)
@@ -342,6 +364,19 @@ class _Staging:
             f"{self.target}: this file system cannot swap two folders in one step "
             "(renameat2); save to a new folder"
         )
+
+
+def _write_index(folder: Path, files: Sequence[tuple[str, list[Item]]]) -> None:
+    items = [item for _, group in files for item in group]
+    index = {
+        "metadata": {
+            "total_parameters": sum(math.prod(item.shape) for item in items),
+            "total_size": sum(item.nbytes for item in items),
+        },
+        "weight_map": {item.name: file for file, group in files for item in group},
+    }
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    (folder / "model.safetensors.index.json").write_text(text)
 
 
 def _write_configs(model: nn.Module, folder: Path) -> None:

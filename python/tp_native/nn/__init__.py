@@ -7,6 +7,7 @@ from .embedding import VocabParallelEmbedding
 from .gradients import deferred_gradients
 from .head import ParallelLMHead
 from .linear import ColumnParallelLinear, RowParallelLinear
+from .lora import LoRAModule, add_lora, merge_lora, unmerge_lora
 from .mlp import ParallelMLP
 from .norm import ParallelLayerNorm, ParallelRMSNorm
 from .sharded import ShardedModule, ShardMark, mark_of
@@ -14,6 +15,7 @@ from .sharded import ShardedModule, ShardMark, mark_of
 __all__ = [
     "ColumnParallelLinear",
     "KVCache",
+    "LoRAModule",
     "ParallelAttention",
     "ParallelDropout",
     "ParallelLMHead",
@@ -25,6 +27,9 @@ __all__ = [
     "ShardedModule",
     "TensorParallelTransformerBlock",
     "VocabParallelEmbedding",
+    "add_lora",
     "deferred_gradients",
     "mark_of",
+    "merge_lora",
+    "unmerge_lora",
 ]

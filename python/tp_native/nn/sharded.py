@@ -38,6 +38,12 @@ class ShardMark:
             for start, stop in self.layout.owned(self.group.rank)
         ]
 
+    def full_shape(self, local: Tensor) -> tuple[int, ...]:
+        """The dense tensor's shape."""
+        shape = [*local.shape]
+        shape[self.dim] = self.layout.size
+        return tuple(shape)
+
     def local(self, full: Tensor) -> Tensor:
         """This rank's part of a dense tensor."""
         return take(full, self.dim, self.layout.ranges[self.group.rank])
@@ -49,9 +55,7 @@ class ShardMark:
         gathered = self.group.all_gather(local.detach(), self.dim, self.layout.local_sizes)
         if self.layout.is_consecutive:
             return gathered
-        shape = [*local.shape]
-        shape[self.dim] = self.layout.size
-        full = local.new_empty(shape)
+        full = local.new_empty(self.full_shape(local))
         held = [place for places in self.layout.ranges for place in places]
         pieces = torch.split(gathered, [stop - start for start, stop in held], self.dim)
         for (start, stop), piece in zip(held, pieces, strict=True):
