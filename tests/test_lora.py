@@ -665,7 +665,8 @@ def test_peft_reads_the_folder(tmp_path: Path) -> None:
     for name in ("out", "two"):
         model = peft.PeftModel.from_pretrained(llama(), str(tmp_path / name)).eval()
         assert relative_error(model(tokens()).logits, expected) <= 1e-5
-    model.save_pretrained(str(tmp_path / "theirs"))
+    # a target lm_head would bring its own weight along otherwise
+    model.save_pretrained(str(tmp_path / "theirs"), save_embedding_layers=False)
     for logits in run_ranks(loads, 2, str(tmp_path / "theirs"), None, False):
         assert relative_error(logits, expected) <= 1e-5
 
