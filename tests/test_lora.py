@@ -678,6 +678,8 @@ def merged_is_saved(group: Group, folder: str) -> Tensor:
         tp.save_pretrained(model, folder)
     tp.merge_lora(model)
     tp.save_pretrained(model, folder)
+    with pytest.raises(tp.CheckpointError, match=r"load the model's weights first, then load_lora"):
+        tp.DistributedCheckpointLoader(folder, group).load(model)
     return logits
 
 

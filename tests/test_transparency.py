@@ -440,6 +440,22 @@ def test_a_saved_model_is_whole_and_its_tied_weight_there_once(
         assert torch.equal(found[name], value), name
 
 
+def loads(group: Group, folder: str) -> None:
+    for model in (Model(group), Model(group, is_sequence=True, device="meta")):
+        tp.DistributedCheckpointLoader(folder, group).load(model)
+        check_step(model, model, "loaded")
+        assert model.head.weight is model.embed.weight
+        # every byte once: its own ranges, and of the rest what each rank holds
+        size = sum(p.numel() * p.itemsize for p in model.parameters())
+        assert model.__dict__["tp_load_stats"]["bytes_read"] == size
+
+
+def test_a_saved_model_is_loaded_by_any_number_of_ranks(tmp_path: Path) -> None:
+    run_ranks(saves, 2, str(tmp_path / "out"))
+    for world_size in WORLDS:
+        run_ranks(loads, world_size, str(tmp_path / "out"))
+
+
 # -- frozen weights
 
 

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from ..agreement import agreed
 from ..errors import CheckpointError
 from ..group import GroupLike, current_group
+from ..nn import ShardMark, mark_of
+from ..nn.lora import has_lora
 from ..parallelize import parallelize
-from ..plan import Shard, ShardPlan
-from ..state import state_of, unwrap
+from ..plan import ShardPlan
+from ..state import unwrap
 from .reader import CheckpointFolder, raise_if_any
 from .skeleton import (
     build_skeleton,
@@ -34,7 +36,7 @@ class _Job:
 
     name: str
     source: str
-    cut: Shard | None
+    cut: ShardMark | None
 
 
 def load_pretrained(
@@ -125,8 +127,12 @@ def _keep_stats(model: nn.Module, bytes_read: int, tensors: int, seconds: float)
 
 def _match(model: nn.Module, files: CheckpointFolder) -> list[_Job]:
     """Pair every tensor of the model with one on file, or raise with all that do not fit."""
+    if has_lora(model):
+        raise CheckpointError(
+            f"{type(model).__name__} has LoRA adapters: load the model's weights first, then "
+            "load_lora"
+        )
     expected = _expected(model)
-    state = state_of(model)
     sources, clashes = _sources(model, files, expected)
     first_names: dict[int, str] = {}
     for name, value in expected.items():
@@ -140,8 +146,8 @@ def _match(model: nn.Module, files: CheckpointFolder) -> list[_Job]:
                 missing.append(name)
             continue
         info = files.tensors[source]
-        cut = state.plan.shard(name) if state is not None and name in state.plan.shapes else None
-        shape = tuple(value.shape) if cut is None or state is None else state.plan.shapes[name]
+        cut = mark_of(value)
+        shape = tuple(value.shape) if cut is None else cut.full_shape(value)
         if info.shape != shape:
             wrong.append(f"{name}: shape {list(info.shape)} on file, expected {list(shape)}")
         elif info.dtype.is_floating_point != value.dtype.is_floating_point:
@@ -232,17 +238,13 @@ def _fill(
     progress: bool,
 ) -> int:
     """Give every tensor its memory and its values; returns the number of tensors filled."""
-    group = state.group if (state := state_of(model)) is not None else None
-    rank = group.rank if group is not None else 0
     expected = _expected(model)
     filled: dict[int, Tensor] = {}
     for job in _with_bar(jobs, progress):
         old = expected[job.name]
-        start = job.cut.partition.offset(rank) if job.cut is not None else 0
-        dim = job.cut.dim if job.cut is not None else 0
         tied = filled.get(id(old))
         out = _room(model, job.name, old, device, dtype) if tied is None else torch.empty_like(tied)
-        count = files.read_into(job.source, out, dim, start)
+        count = _read_part(files, job, out)
         if count != out.numel():
             raise CheckpointError(f"{job.name}: filled {count} of {out.numel()} elements")
         if tied is None:
@@ -254,6 +256,23 @@ def _fill(
             )
     _install(model, filled, device)
     return len(filled)
+
+
+def _read_part(files: CheckpointFolder, job: _Job, out: Tensor) -> int:
+    """Fill ``out`` with this rank's part of a tensor; returns the number of elements filled."""
+    if job.cut is None:
+        return files.read_into(job.source, out)
+    ranges = job.cut.layout.ranges[job.cut.group.rank]
+    if len(ranges) == 1:
+        return files.read_into(job.source, out, job.cut.dim, ranges[0][0])
+    count = at = 0
+    for start, stop in ranges:
+        part = out.narrow(job.cut.dim, at, stop - start)
+        piece = torch.empty_like(part, memory_format=torch.contiguous_format)
+        count += files.read_into(job.source, piece, job.cut.dim, start)
+        part.copy_(piece)
+        at += stop - start
+    return count
 
 
 def _room(

@@ -159,7 +159,8 @@ class LoRAColumnParallelLinear(LoRAModule, ColumnParallelLinear):
         if self.lora_is_merged:
             return super()._of_replicated(x, weight, bias)
         self._check_width(x)
-        if torch.is_grad_enabled():  # a copy, which sums what both paths send back
+        if x.requires_grad and torch.is_grad_enabled():
+            # a copy, which sums what both paths send back
             x = copy_to_ranks(x, self.group)
         return self._activated(self._product(x, weight, bias))
 
