@@ -43,7 +43,7 @@ PYTHON = [
     {"checkpoint.optimizer"},
     {"checkpoint.skeleton", "checkpoint.writer"},
     {"parallelize"},
-    {"checkpoint.loader"},
+    {"checkpoint.adapter", "checkpoint.loader"},
     {"generate", "orchestrator"},
     {"launch"},
     {"cli"},

@@ -50,7 +50,7 @@ def run_until_death(group: Group, phase: str, folder: str) -> tuple[str, int, fl
             tp.generate(model, tiny.tokens(), 40, on_token=on_token)
         if phase == "save":
             if is_victim:
-                writer.full_tensor = die  # type: ignore[assignment]
+                writer.full_of = die  # type: ignore[assignment]
             tp.save_pretrained(model, folder)
     except tp.PeerLostError as error:
         return str(error), error.peer, time.monotonic()

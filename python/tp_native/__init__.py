@@ -1,6 +1,7 @@
 """Tensor parallelism for PyTorch with a native core: one model, N ranks."""
 
 from ._native import _C
+from .checkpoint.adapter import load_lora, save_lora
 from .checkpoint.loader import DistributedCheckpointLoader, load_pretrained
 from .checkpoint.writer import CheckpointSaver, save_pretrained
 from .collectives import (
@@ -35,7 +36,10 @@ from .nn import (
     RowParallelLinear,
     TensorParallelTransformerBlock,
     VocabParallelEmbedding,
+    add_lora,
     deferred_gradients,
+    merge_lora,
+    unmerge_lora,
     vocab_parallel_cross_entropy,
 )
 from .parallelize import DistributedModelWrapper, parallelize
@@ -73,6 +77,7 @@ __all__ = [
     "TensorParallelError",
     "TensorParallelTransformerBlock",
     "VocabParallelEmbedding",
+    "add_lora",
     "all_gather_tensor",
     "all_reduce_sum",
     "broadcast_tensor",
@@ -83,14 +88,18 @@ __all__ = [
     "generate",
     "get_tensor_parallel_config",
     "init_tensor_parallel",
+    "load_lora",
     "load_pretrained",
+    "merge_lora",
     "parallelize",
     "plan",
     "reduce_scatter_sum",
+    "save_lora",
     "save_pretrained",
     "scatter_to_ranks",
     "simulate",
     "synchronize_across_ranks",
+    "unmerge_lora",
     "verify",
     "vocab_parallel_cross_entropy",
 ]

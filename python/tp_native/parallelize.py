@@ -21,6 +21,7 @@ from .nn import (
     ShardedModule,
     VocabParallelEmbedding,
 )
+from .nn.lora import has_lora
 from .plan import ShardEntry, ShardPlan
 from .plan import plan as make_plan
 from .state import (
@@ -85,6 +86,11 @@ def parallelize(
         if state_of(model) is not None or _has_parallel_modules(model):
             raise PlanError(
                 f"{type(model).__name__} is parallelized already; start from a dense model"
+            )
+        if has_lora(model) and group.size > 1:
+            raise PlanError(
+                f"{type(model).__name__} has LoRA adapters: parallelize first, then add_lora, or "
+                "load_lora where they are saved"
             )
         if plan is None and group.size > 1:
             plan = make_plan(model, group.size)

@@ -17,19 +17,18 @@ from ..agreement import agreed
 from ..errors import CheckpointError
 from ..group import GroupLike, current_group
 from ..nn import ShardMark, mark_of
+from ..nn.lora import has_lora
 from ..parallelize import parallelize
 from ..plan import ShardPlan
 from ..state import unwrap
-from .optimizer import load_optimizer, read_shard
-from .reader import CheckpointFolder
+from .optimizer import load_optimizer
+from .reader import CheckpointFolder, raise_if_any, read_shard
 from .skeleton import (
     build_skeleton,
     load_generation_config,
     read_config,
     resolve_dtype,
 )
-
-_LISTED = 50  # names in one error message
 
 
 @dataclass(frozen=True)
@@ -132,6 +131,11 @@ def _keep_stats(model: nn.Module, bytes_read: int, tensors: int, seconds: float)
 
 def _match(model: nn.Module, files: CheckpointFolder) -> list[_Job]:
     """Pair every tensor of the model with one on file, or raise with all that do not fit."""
+    if has_lora(model):
+        raise CheckpointError(
+            f"{type(model).__name__} has LoRA adapters: load the model's weights first, then "
+            "load_lora"
+        )
     expected = _expected(model)
     sources, clashes = _sources(model, files, expected)
     first_names: dict[int, str] = {}
@@ -159,7 +163,7 @@ def _match(model: nn.Module, files: CheckpointFolder) -> list[_Job]:
         for name in sorted(set(files.tensors) - set(sources.values()))
         if not any(re.search(pattern, name) for pattern in ignored)
     ]
-    _raise_if_any(
+    raise_if_any(
         files.path, type(model).__name__, missing=missing, unexpected=unexpected, misfit=wrong
     )
     return jobs
@@ -227,21 +231,6 @@ def _ignored_patterns(model: nn.Module) -> set[str]:
     if any(name.endswith("position_ids") for name in buffers):
         patterns.add(r"(^|\.)position_ids$")
     return patterns
-
-
-def _raise_if_any(folder: Path, model_name: str, **problems: list[str]) -> None:
-    if not any(problems.values()):
-        return
-    room, lines = _LISTED, []
-    for word, names in problems.items():
-        if names:
-            shown = names[:room]
-            room -= len(shown)
-            more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
-            lines.append(f"{len(names)} {word}: {', '.join(shown)}{more}")
-    raise CheckpointError(
-        f"{folder} does not fit {model_name}; no weight was loaded. " + "; ".join(lines)
-    )
 
 
 def _fill(

@@ -15,32 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..nn import ShardMark, mark_of, put_mark
-from .reader import CheckpointFolder, SafetensorsFile
+from ..nn import mark_of, put_mark
+from .reader import SafetensorsFile, read_shard
 
 OPTIMIZER_TENSORS = "optimizer.safetensors"
 OPTIMIZER_SETTINGS = "optimizer.json"
 _VERSION = 1
-
-
-def read_shard(
-    files: CheckpointFolder | SafetensorsFile, name: str, out: Tensor, mark: ShardMark | None
-) -> int:
-    """Fill ``out`` with this rank's part of a tensor on file; the number of elements."""
-    if mark is None:
-        return files.read_into(name, out)
-    ranges = mark.layout.ranges[mark.group.rank]
-    if len(ranges) == 1:
-        return files.read_into(name, out, mark.dim, ranges[0][0])
-    count = at = 0
-    for start, stop in ranges:
-        piece = out.narrow(mark.dim, at, stop - start)
-        room = piece if piece.is_contiguous() else torch.empty_like(piece).contiguous()
-        count += files.read_into(name, room, mark.dim, start)
-        if room is not piece:
-            piece.copy_(room)
-        at += stop - start
-    return count
 
 
 def optimizer_tensors(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..nn import ShardMark
 
 DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -44,6 +45,7 @@ DTYPES: dict[str, torch.dtype] = {
 _HEADER_CAP = 100_000_000  # the crate's own limit
 _STAGE_BYTES = 16 << 20  # staging block for casts and devices; bounds memory, not speed
 _READ_BYTES = 64 << 20  # one read: as long as a peer's death may go unnoticed
+_LISTED = 50  # names in one error message
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
@@ -344,6 +346,42 @@ class CheckpointFolder:
             if name in self._file_of:
                 raise CheckpointError(f"{path}: tensor {name} is in {self._file_of[name]} as well")
             self._file_of[name] = file
+
+
+def raise_if_any(path: Path, model_name: str, **problems: list[str]) -> None:
+    """Raise CheckpointError with the names of each kind of problem, if there is one."""
+    if not any(problems.values()):
+        return
+    room, lines = _LISTED, []
+    for word, names in problems.items():
+        if names:
+            shown = names[:room]
+            room -= len(shown)
+            more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+            lines.append(f"{len(names)} {word}: {', '.join(shown)}{more}")
+    raise CheckpointError(
+        f"{path} does not fit {model_name}; no weight was loaded. " + "; ".join(lines)
+    )
+
+
+def read_shard(
+    files: CheckpointFolder | SafetensorsFile, name: str, out: Tensor, mark: ShardMark | None
+) -> int:
+    """Fill ``out`` with this rank's part of a tensor on file; the number of elements."""
+    if mark is None:
+        return files.read_into(name, out)
+    ranges = mark.layout.ranges[mark.group.rank]
+    if len(ranges) == 1:
+        return files.read_into(name, out, mark.dim, ranges[0][0])
+    count = at = 0
+    for start, stop in ranges:
+        piece = out.narrow(mark.dim, at, stop - start)
+        room = piece if piece.is_contiguous() else torch.empty_like(piece).contiguous()
+        count += files.read_into(name, room, mark.dim, start)
+        if room is not piece:
+            piece.copy_(room)
+        at += stop - start
+    return count
 
 
 def _open_regular(path: Path) -> int:

@@ -17,7 +17,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from ..agreement import agree, agreed
 from ..errors import CheckpointError
-from ..group import GroupLike, current_group
-from ..nn import full_of, mark_of
+from ..group import Group, GroupLike, current_group
+from ..nn import LoRAModule, full_of, mark_of
 from ..state import state_of, unwrap
 from .optimizer import OPTIMIZER_SETTINGS, OPTIMIZER_TENSORS, optimizer_tensors
 from .reader import DTYPES
@@ -45,7 +45,7 @@ _AT_FDCWD = -100  # linux/fcntl.h
 
 
 @dataclass(frozen=True)
-class _Item:
+class Item:
     """One tensor of the folder to be: its dense name, and this rank's part, marked if it is one."""
 
     name: str
@@ -84,25 +84,52 @@ def save_pretrained(
     state = state_of(model)
     group = state.group if state is not None else current_group(group)
     inner = unwrap(model)
+    texts: dict[str, str] = {}
+
+    def lay_out() -> list[tuple[str, list[Item]]]:
+        if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
+            raise ValueError(f"max_shard_bytes must be an int > 0, got {max_shard_bytes!r}")
+        files = _lay_out(_items(inner), max_shard_bytes)
+        if optimizer is not None:
+            tensors, texts[OPTIMIZER_SETTINGS] = optimizer_tensors(inner, optimizer)
+            files.append((OPTIMIZER_TENSORS, widest_first(Item(*t) for t in tensors)))
+        return files
+
+    def add_rest(folder: Path, files: Sequence[tuple[str, list[Item]]]) -> None:
+        weights = [part for part in files if part[0] != OPTIMIZER_TENSORS]
+        if len(weights) > 1:
+            _write_index(folder, weights)
+        for name, text in texts.items():
+            (folder / name).write_text(text)
+        _write_configs(inner, folder)
+
+    write_folder(path, group, lay_out, add_rest, _OURS)
+
+
+def write_folder(
+    path: str | os.PathLike[str],
+    group: Group,
+    lay_out: Callable[[], list[tuple[str, list[Item]]]],
+    add_rest: Callable[[Path, Sequence[tuple[str, list[Item]]]], None],
+    stale: re.Pattern[str],
+) -> None:
+    """Write what ``lay_out`` says and ``add_rest`` adds, in place of ``path`` in one rename.
+
+    Collective. Of an existing folder all files are kept but those written anew and those whose
+    names ``stale`` matches. ``lay_out`` runs on every rank, ``add_rest`` on rank 0.
+    """
     staging: _Staging | None = None
     try:
         with agreed(group):
-            if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
-                raise ValueError(f"max_shard_bytes must be an int > 0, got {max_shard_bytes!r}")
-            files = _lay_out(_items(inner), max_shard_bytes)
-            everything, texts = list(files), {}
-            if optimizer is not None:
-                tensors, settings = optimizer_tensors(inner, optimizer)
-                everything.append((OPTIMIZER_TENSORS, _sorted(_Item(*t) for t in tensors)))
-                texts[OPTIMIZER_SETTINGS] = settings
+            files = lay_out()
             if group.rank == 0:
                 staging = _Staging(Path(os.path.realpath(path)))
-                staging.check_room(sum(item.nbytes for _, items in everything for item in items))
-        for file, items in everything:
+                staging.check_room(sum(item.nbytes for _, items in files for item in items))
+        for file, items in files:
             agree(group, _write_file(items, staging, file))
         with agreed(group):
             if staging is not None:
-                staging.commit(inner, files, texts)
+                staging.commit(lambda folder: add_rest(folder, files), stale)
     finally:
         if staging is not None:
             staging.remove()
@@ -131,7 +158,13 @@ def parse_bytes(size: int | str) -> int:
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
-def _items(model: nn.Module) -> list[_Item]:
+def _items(model: nn.Module) -> list[Item]:
+    if any(not layer.lora_is_merged for layer in model.modules() if isinstance(layer, LoRAModule)):
+        raise CheckpointError(
+            f"{type(model).__name__} has LoRA adapters, which no other model would load: "
+            "save_lora(model, folder) writes them, and after merge_lora(model) they are saved in "
+            "the weights"
+        )
     items, seen = [], set()
     for name, value in model.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor) or id(value) in seen:
@@ -141,18 +174,18 @@ def _items(model: nn.Module) -> list[_Item]:
             raise CheckpointError(f"{name} is on meta: load weights before saving")
         if value.dtype not in _NAMES:
             raise CheckpointError(f"{name} has dtype {value.dtype}, which safetensors cannot hold")
-        items.append(_Item(name, value))
-    return _sorted(items)
+        items.append(Item(name, value))
+    return widest_first(items)
 
 
-def _sorted(items: Iterable[_Item]) -> list[_Item]:
-    """Wide elements first: readers map tensors in place, so each must lie on its own alignment."""
+def widest_first(items: Iterable[Item]) -> list[Item]:
+    """Readers map tensors in place, so each must lie on its own alignment."""
     return sorted(items, key=lambda item: -item.local.dtype.itemsize)
 
 
-def _lay_out(items: Sequence[_Item], max_bytes: int) -> list[tuple[str, list[_Item]]]:
+def _lay_out(items: Sequence[Item], max_bytes: int) -> list[tuple[str, list[Item]]]:
     """Fill files in order up to ``max_bytes``; a larger tensor gets a file of its own."""
-    groups: list[list[_Item]] = [[]]
+    groups: list[list[Item]] = [[]]
     room = max_bytes
     for item in items:
         if item.nbytes > room and groups[-1]:
@@ -166,7 +199,7 @@ def _lay_out(items: Sequence[_Item], max_bytes: int) -> list[tuple[str, list[_It
     return [(f"model-{i:05d}-of-{total:05d}.safetensors", g) for i, g in enumerate(groups, 1)]
 
 
-def _write_file(items: Sequence[_Item], staging: _Staging | None, file: str) -> Exception | None:
+def _write_file(items: Sequence[Item], staging: _Staging | None, file: str) -> Exception | None:
     """Gather a file's tensors and, on rank 0, write them; a failure to write is returned.
 
     After one, rank 0 keeps gathering to the file's end, in step with the other ranks.
@@ -194,7 +227,7 @@ def _write_file(items: Sequence[_Item], staging: _Staging | None, file: str) -> 
 class _FileWriter:
     """One safetensors file: its header first, then its tensors in the header's order."""
 
-    def __init__(self, path: Path, items: Sequence[_Item]) -> None:
+    def __init__(self, path: Path, items: Sequence[Item]) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for item in items:
@@ -264,20 +297,11 @@ class _Staging:
                 "new checkpoint lie side by side until the new one is complete"
             )
 
-    def commit(
-        self,
-        model: nn.Module,
-        files: Sequence[tuple[str, list[_Item]]],
-        texts: Mapping[str, str],
-    ) -> None:
-        """Add index, ``texts``, configs and the target's other files, reach the disk, and swap."""
+    def commit(self, add_rest: Callable[[Path], None], stale: re.Pattern[str]) -> None:
+        """Add the small files and the target's other ones, reach the disk, and swap."""
         try:
-            if len(files) > 1:
-                self._write_index(files)
-            for name, text in texts.items():
-                (self.path / name).write_text(text)
-            _write_configs(model, self.path)
-            self._carry_over()
+            add_rest(self.path)
+            self._carry_over(stale)
             for root, _, names in os.walk(self.path):
                 for name in names:
                     if not name.endswith(".safetensors"):  # synced as they were written
@@ -314,25 +338,13 @@ class _Staging:
                 finally:
                     os.close(fd)
 
-    def _write_index(self, files: Sequence[tuple[str, list[_Item]]]) -> None:
-        items = [item for _, group in files for item in group]
-        index = {
-            "metadata": {
-                "total_parameters": sum(math.prod(item.shape) for item in items),
-                "total_size": sum(item.nbytes for item in items),
-            },
-            "weight_map": {item.name: file for file, group in files for item in group},
-        }
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (self.path / "model.safetensors.index.json").write_text(text)
-
-    def _carry_over(self) -> None:
+    def _carry_over(self, stale: re.Pattern[str]) -> None:
         if not self.target.is_dir():
             return
         shutil.copymode(self.target, self.path)
         for entry in os.scandir(self.target):
             to = self.path / entry.name
-            if _OURS.fullmatch(entry.name) or to.exists():
+            if stale.fullmatch(entry.name) or to.exists():
                 continue
             if entry.is_dir(follow_symlinks=False):
                 shutil.copytree(entry.path, to, symlinks=True, copy_function=_link)
@@ -356,6 +368,19 @@ class _Staging:
             f"{self.target}: this file system cannot swap two folders in one step "
             "(renameat2); save to a new folder"
         )
+
+
+def _write_index(folder: Path, files: Sequence[tuple[str, list[Item]]]) -> None:
+    items = [item for _, group in files for item in group]
+    index = {
+        "metadata": {
+            "total_parameters": sum(math.prod(item.shape) for item in items),
+            "total_size": sum(item.nbytes for item in items),
+        },
+        "weight_map": {item.name: file for file, group in files for item in group},
+    }
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    (folder / "model.safetensors.index.json").write_text(text)
 
 
 def _write_configs(model: nn.Module, folder: Path) -> None:

@@ -7,6 +7,7 @@ from .embedding import VocabParallelEmbedding
 from .gradients import deferred_gradients
 from .head import ParallelLMHead
 from .linear import ColumnParallelLinear, RowParallelLinear
+from .lora import LoRAModule, add_lora, merge_lora, unmerge_lora
 from .loss import vocab_parallel_cross_entropy
 from .mlp import ParallelMLP
 from .norm import ParallelLayerNorm, ParallelRMSNorm
@@ -15,6 +16,7 @@ from .sharded import ShardedModule, ShardMark, full_of, mark_of, put_mark
 __all__ = [
     "ColumnParallelLinear",
     "KVCache",
+    "LoRAModule",
     "ParallelAttention",
     "ParallelDropout",
     "ParallelLMHead",
@@ -26,9 +28,12 @@ __all__ = [
     "ShardedModule",
     "TensorParallelTransformerBlock",
     "VocabParallelEmbedding",
+    "add_lora",
     "deferred_gradients",
     "full_of",
     "mark_of",
+    "merge_lora",
     "put_mark",
+    "unmerge_lora",
     "vocab_parallel_cross_entropy",
 ]

@@ -124,19 +124,20 @@ class TensorParallelTransformerBlock(CompositeModule):
         sequence_partition: Partition | None = None,
     ) -> Tensor:
         """One block; arguments as in `ParallelAttention.forward`."""
-        context = self.attention.context(
-            self.input_norm(x),
-            attention_mask,
-            position_ids=position_ids,
-            cache=cache,
-            sequence_partition=sequence_partition,
-        )
-        o_proj, norm = self.attention.o_proj, self.post_attention_norm
+        attend: dict[str, Any] = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "cache": cache,
+            "sequence_partition": sequence_partition,
+        }
+        norm = self.post_attention_norm
         if self._joins_norm():
             assert norm.eps is not None
+            context = self.attention.context(self.input_norm(x), **attend)
+            o_proj = self.attention.o_proj
             normed, h = o_proj.forward_add_rms_norm(context, x, norm.weight, norm.eps)
         else:
-            h = x + self.dropout(o_proj(context, sequence_partition))
+            h = x + self.dropout(self.attention(self.input_norm(x), **attend))
             normed = norm(h)
         y: Tensor = h + self.dropout(self.mlp(normed, sequence_partition=sequence_partition))
         return y

@@ -169,28 +169,36 @@ class ColumnParallelLinear(_ParallelLinear):
         numbers differ.
         """
         if self.group.size == 1:
-            y = F.linear(x, self.weight, None if self.skip_bias_add else self.bias)
-            y = y if self.activation is None else _ACTIVATIONS[self.activation](y)
+            y = self._product(x, self.weight, None if self.skip_bias_add else self.bias)
+            y = self._activated(y)
             return (y, self.bias) if self.skip_bias_add else y
         weight, own_bias = self.weight, self.bias
         if self.layout.is_replicated:
             weight, own_bias = (self._summed(name) for name in ("weight", "bias"))  # type: ignore[assignment]
         bias = None if self.skip_bias_add else own_bias
-        cut = (self.group.order, self.partition.sizes, self.group.name)
         if self.sequence_parallel:
             dim = self.sequence_dim
             x = all_gather_tensor(x, dim, self.group, "partial", partition=sequence_partition)
             self._check_width(x)
-            y = F.linear(x, weight, bias)  # the gather's backward sums dx
-            y = y if self.activation is None else _ACTIVATIONS[self.activation](y)
-        elif self.activation in _FUSED:
-            y = _ops.column_parallel_linear_act(x, weight, bias, self.activation, *cut)
+            y = self._activated(self._product(x, weight, bias))  # the gather's backward sums dx
         else:
-            y = _ops.column_parallel_linear(x, weight, bias, *cut)
-            y = y if self.activation is None else _ACTIVATIONS[self.activation](y)
+            y = self._of_replicated(x, weight, bias)
         if self.gather_output:
             y = all_gather_tensor(y, -1, self.group, partition=self.partition)
         return (y, own_bias) if self.skip_bias_add else y
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def _activated(self, y: Tensor) -> Tensor:
+        return y if self.activation is None else _ACTIVATIONS[self.activation](y)
+
+    def _of_replicated(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Product and activation of an input that all ranks have; backward sums ``dx``."""
+        cut = (self.group.order, self.partition.sizes, self.group.name)
+        if self.activation in _FUSED:
+            return _ops.column_parallel_linear_act(x, weight, bias, self.activation, *cut)
+        return self._activated(_ops.column_parallel_linear(x, weight, bias, *cut))
 
     def _summed(self, name: str) -> Tensor | None:
         parameter, mark = self._parameters[name], self.mark(name)
@@ -307,19 +315,22 @@ class RowParallelLinear(_ParallelLinear):
         """Multiply this rank's slice and sum over the ranks."""
         bias = None if self.skip_bias_add else self.bias
         if self.group.size == 1:
-            y = F.linear(x, self.weight, bias)
+            y = self._product(x, bias)
             return (y, self.bias) if self.skip_bias_add else y
         if not self.input_is_parallel:
             x = self._local_input(x)
         if self.sequence_parallel:
             return self._scattered(x, sequence_partition)
-        if self.reduce_results:
-            y = _ops.row_parallel_linear(
-                x, self.weight, bias, self.group.order, self.partition.sizes, self.group.name
-            )
-        else:
-            y = F.linear(x, self.weight)
+        y = self._reduced(x, bias) if self.reduce_results else self._product(x, None)
         return (y, self.bias) if self.skip_bias_add else y
+
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """This rank's summand; a ``bias`` is in it."""
+        return F.linear(x, self.weight, bias)
+
+    def _reduced(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        cut = (self.group.order, self.partition.sizes, self.group.name)
+        return _ops.row_parallel_linear(x, self.weight, bias, *cut)
 
     def forward_add_rms_norm(
         self, x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float = 1e-6
@@ -334,16 +345,9 @@ class RowParallelLinear(_ParallelLinear):
         ``norm_weight`` are not cast, so a float32 residual gives a float32 ``hidden``.
         Source: Zhang & Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467.
         """
-        if not self.reduce_results or self.skip_bias_add:
-            raise ValueError(
-                "forward_add_rms_norm needs the whole sum: make the layer with "
-                "reduce_results=True and skip_bias_add=False"
-            )
+        self._check_whole_sum()
         if self.group.size == 1:
-            hidden = residual + F.linear(x, self.weight, self.bias)
-            wide = hidden.double() if hidden.dtype == torch.float64 else hidden.float()
-            scale = wide.square().mean(-1, keepdim=True).add(eps).rsqrt()
-            return (wide * scale).to(hidden.dtype) * norm_weight, hidden
+            return add_rms_norm(self._product(x, self.bias), residual, norm_weight, eps)
         return _ops.row_parallel_linear_add_rms_norm(
             x if self.input_is_parallel else self._local_input(x),
             self.weight,
@@ -356,14 +360,21 @@ class RowParallelLinear(_ParallelLinear):
             self.group.name,
         )
 
+    def _check_whole_sum(self) -> None:
+        if not self.reduce_results or self.skip_bias_add:
+            raise ValueError(
+                "forward_add_rms_norm needs the whole sum: make the layer with "
+                "reduce_results=True and skip_bias_add=False"
+            )
+
     def _scattered(self, x: Tensor, sequence_partition: Partition | None) -> Tensor:
         if self.bias is None:
-            y = F.linear(x, self.weight)
+            y = self._product(x, None)
             return reduce_scatter_sum(
                 y, self.sequence_dim, self.group, partition=sequence_partition
             )
         # zeros before the sum: their gradient is the bias's over all tokens, on every rank
-        y = F.linear(x, self.weight, self.bias - self.bias.detach())
+        y = self._product(x, self.bias - self.bias.detach())
         y = reduce_scatter_sum(y, self.sequence_dim, self.group, partition=sequence_partition)
         return y + self.bias.detach()
 
@@ -384,3 +395,13 @@ class RowParallelLinear(_ParallelLinear):
             f"out_features={self.out_features}, "
             f"bias={self.bias is not None}, rank={self.group.rank}/{self.group.size}"
         )
+
+
+def add_rms_norm(
+    y: Tensor, residual: Tensor, norm_weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """``(normed, hidden)`` of ``hidden = residual + y``, step by step."""
+    hidden = residual + y
+    wide = hidden.double() if hidden.dtype == torch.float64 else hidden.float()
+    scale = wide.square().mean(-1, keepdim=True).add(eps).rsqrt()
+    return (wide * scale).to(hidden.dtype) * norm_weight, hidden

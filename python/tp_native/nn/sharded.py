@@ -206,7 +206,11 @@ class ShardedModule(nn.Module):
             full[dim] = self.layout.size
             if list(value.shape) == full:
                 replaced[key] = value
-                state_dict[key] = self._local(name, value)
+                piece = self._local(name, value)
+                if local_metadata.get("assign_to_params_buffers", False):
+                    # taken as it is: a view would keep the whole tensor's memory
+                    piece = piece.clone(memory_format=torch.contiguous_format)
+                state_dict[key] = piece
             elif value.shape == local.shape:
                 error_msgs.append(
                     f"{key}: shape {list(value.shape)} is a shard's, and the state dict does not "
