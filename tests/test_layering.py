@@ -36,7 +36,7 @@ PYTHON = [
     {"collectives", "simulate"},
     {"agreement"},
     {"nn"},
-    {"plan"},
+    {"plan", "optim"},
     {"state"},
     {"verify"},
     {"checkpoint", "checkpoint.reader"},

@@ -37,6 +37,7 @@ from .nn import (
     VocabParallelEmbedding,
     deferred_gradients,
 )
+from .optim import GradScaler, clip_grad_norm_
 from .parallelize import DistributedModelWrapper, parallelize
 from .partition import Partition, ShardLayout
 from .plan import ShardPlan, plan
@@ -54,6 +55,7 @@ __all__ = [
     "ColumnParallelLinear",
     "DistributedCheckpointLoader",
     "DistributedModelWrapper",
+    "GradScaler",
     "Group",
     "KVCache",
     "ParallelAttention",
@@ -75,6 +77,7 @@ __all__ = [
     "all_gather_tensor",
     "all_reduce_sum",
     "broadcast_tensor",
+    "clip_grad_norm_",
     "copy_to_ranks",
     "current_group",
     "deferred_gradients",
