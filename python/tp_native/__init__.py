@@ -24,6 +24,7 @@ from .errors import (
 )
 from .generate import generate
 from .group import Group, current_group, init_tensor_parallel
+from .guards import Guard, guard
 from .nn import (
     ColumnParallelLinear,
     KVCache,
@@ -42,6 +43,7 @@ from .nn import (
     unmerge_lora,
     vocab_parallel_cross_entropy,
 )
+from .optim import GradScaler, clip_grad_norm_
 from .parallelize import DistributedModelWrapper, parallelize
 from .partition import Partition, ShardLayout
 from .plan import ShardPlan, plan
@@ -59,7 +61,9 @@ __all__ = [
     "ColumnParallelLinear",
     "DistributedCheckpointLoader",
     "DistributedModelWrapper",
+    "GradScaler",
     "Group",
+    "Guard",
     "KVCache",
     "ParallelAttention",
     "ParallelDropout",
@@ -81,12 +85,14 @@ __all__ = [
     "all_gather_tensor",
     "all_reduce_sum",
     "broadcast_tensor",
+    "clip_grad_norm_",
     "copy_to_ranks",
     "current_group",
     "deferred_gradients",
     "full_state_dict",
     "generate",
     "get_tensor_parallel_config",
+    "guard",
     "init_tensor_parallel",
     "load_lora",
     "load_pretrained",

@@ -376,7 +376,7 @@ class RowParallelLinear(_ParallelLinear):
         # zeros before the sum: their gradient is the bias's over all tokens, on every rank
         y = self._product(x, self.bias - self.bias.detach())
         y = reduce_scatter_sum(y, self.sequence_dim, self.group, partition=sequence_partition)
-        return y + self.bias.detach()
+        return y + self.bias.detach().to(y.dtype)  # autocast's
 
     def _local_input(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:
