@@ -18,7 +18,8 @@ const char* name(OpCode op) {
                                     "gather",
                                     "scatter",
                                     "row_parallel_linear_add_rms_norm",
-                                    "init"};
+                                    "init",
+                                    "empty_shared"};
   const auto index = static_cast<size_t>(op);
   return index < sizeof(kNames) / sizeof(kNames[0]) ? kNames[index] : "unknown operation";
 }
