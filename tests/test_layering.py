@@ -38,7 +38,7 @@ PYTHON = [
     {"nn"},
     {"plan"},
     {"state"},
-    {"verify"},
+    {"verify", "tune"},
     {"checkpoint", "checkpoint.reader"},
     {"checkpoint.skeleton", "checkpoint.writer"},
     {"parallelize"},

@@ -36,6 +36,10 @@ def samples(group: Group) -> Iterator[tuple[str, tuple[Any, ...]]]:
     for has_bias in (False, True):
         args = (t(2, 3, mine), t(2, 3, 6), t(mine, 6), has_bias, order, widths, name)
         yield "column_parallel_linear_backward", args
+    weight, x = torch.randn(5, mine), torch.randn(3, mine)
+    yield "tune_linear", (x, weight, None, None, "row", widths, 8, name)
+    choices = torch.empty(0, dtype=torch.uint8)
+    yield "import_linear_choices", (x, weight, None, None, "row", widths, choices, name)
     for act in ("silu", "gelu", "gelu_tanh"):
         yield "glu", (t(3, 8), act)
     yield "glu_backward", (torch.randn(2, 3, 4), torch.randn(2, 3, 8), "silu")

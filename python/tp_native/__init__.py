@@ -28,6 +28,7 @@ from .partition import Partition
 from .plan import ShardPlan, plan
 from .simulate import simulate
 from .state import full_state_dict
+from .tune import LinearTuning, tune_linear
 from .verify import verify
 
 __version__ = _C.__version__
@@ -41,6 +42,7 @@ __all__ = [
     "DistributedCheckpointLoader",
     "DistributedModelWrapper",
     "Group",
+    "LinearTuning",
     "Partition",
     "PeerLostError",
     "PlanError",
@@ -65,5 +67,6 @@ __all__ = [
     "save_pretrained",
     "simulate",
     "synchronize_across_ranks",
+    "tune_linear",
     "verify",
 ]

@@ -29,6 +29,8 @@ _row_parallel_linear = _ops.row_parallel_linear.default
 _row_parallel_linear_add_rms_norm = _ops.row_parallel_linear_add_rms_norm.default
 _column_parallel_linear = _ops.column_parallel_linear.default
 _column_parallel_linear_act = _ops.column_parallel_linear_act.default
+_tune_linear = _ops.tune_linear.default
+_import_linear_choices = _ops.import_linear_choices.default
 _glu = _ops.glu.default
 _vocab_parallel_embedding = _ops.vocab_parallel_embedding.default
 _empty_shared = _ops.empty_shared.default
@@ -142,6 +144,40 @@ def column_parallel_linear_act(
     """
     out: Tensor = _column_parallel_linear_act(x, weight, bias, activation, order, sizes, group)
     return out
+
+
+def tune_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    grad: Tensor | None,
+    kind: str,
+    sizes: Sequence[int],
+    candidates: int,
+    group: str,
+) -> tuple[Tensor, Tensor]:
+    """Time the products of a layer of ``kind`` on a GPU; this rank uses the fastest from now on.
+
+    ``kind``: "row"; "column_relu", "column_gelu_tanh"; "column_backward", whose ``grad`` is that of
+    the layer's output. Returns the choices as bytes, and by product the microseconds of the
+    heuristic's choice and of the fastest. Sends nothing; on a CPU there is nothing to choose.
+    """
+    out: tuple[Tensor, Tensor] = _tune_linear(x, weight, bias, grad, kind, sizes, candidates, group)
+    return out
+
+
+def import_linear_choices(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    grad: Tensor | None,
+    kind: str,
+    sizes: Sequence[int],
+    choices: Tensor,
+    group: str,
+) -> None:
+    """Use what `tune_linear` returned on another rank for a layer that is alike."""
+    _import_linear_choices(x, weight, bias, grad, kind, sizes, choices, group)
 
 
 def glu(gate_up: Tensor, activation: str) -> Tensor:
