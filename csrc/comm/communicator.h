@@ -32,6 +32,8 @@ enum class OpCode : uint8_t {
   kRowParallelLinearAddRmsNorm,
   kInit,
   kEmptyShared,
+  kRowParallelLinearScatter,
+  kGatheredColumnParallelLinear,
 };
 const char* name(OpCode op);
 

@@ -19,7 +19,9 @@ const char* name(OpCode op) {
                                     "scatter",
                                     "row_parallel_linear_add_rms_norm",
                                     "init",
-                                    "empty_shared"};
+                                    "empty_shared",
+                                    "row_parallel_linear_scatter",
+                                    "gathered_column_parallel_linear"};
   const auto index = static_cast<size_t>(op);
   return index < sizeof(kNames) / sizeof(kNames[0]) ? kNames[index] : "unknown operation";
 }

@@ -47,8 +47,6 @@ std::shared_ptr<const overlap::Schedule> schedule_of(const Gpu& gpu, overlap::Pa
     problem.multiprocessors = gpu.multiprocessors;
     problem.beside_flop = beside_flop;
     problem.tile = overlap::default_tile(dtype);
-    // what is gathered is one tensor that backward reads: no buffer is used twice
-    if (pattern == overlap::Pattern::kAllGatherGemm) problem.slots = 0;
     schedule =
         std::make_shared<overlap::Schedule>(overlap::plan(problem, overlap::default_costs(dtype)));
   }

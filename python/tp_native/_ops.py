@@ -29,6 +29,8 @@ _row_parallel_linear = _ops.row_parallel_linear.default
 _row_parallel_linear_add_rms_norm = _ops.row_parallel_linear_add_rms_norm.default
 _column_parallel_linear = _ops.column_parallel_linear.default
 _column_parallel_linear_act = _ops.column_parallel_linear_act.default
+_row_parallel_linear_scatter = _ops.row_parallel_linear_scatter.default
+_gathered_column_parallel_linear = _ops.gathered_column_parallel_linear.default
 _tune_linear = _ops.tune_linear.default
 _import_linear_choices = _ops.import_linear_choices.default
 _glu = _ops.glu.default
@@ -143,6 +145,51 @@ def column_parallel_linear_act(
     GPU where no gradient is needed.
     """
     out: Tensor = _column_parallel_linear_act(x, weight, bias, activation, order, sizes, group)
+    return out
+
+
+def row_parallel_linear_scatter(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    order: Tensor,
+    in_sizes: Sequence[int],
+    token_sizes: Sequence[int],
+    dim: int,
+    rank: int,
+    group: str,
+) -> Tensor:
+    """This rank's tokens of ``x @ weight.T`` summed over ranks, plus ``bias`` once.
+
+    ``in_sizes``: the cut of the weight's columns; ``token_sizes`` that of ``dim``, one of ``x``'s
+    dimensions before the last. The sum is `reduce_scatter`'s of the products, bit by bit. Backward:
+    one all-gather of the gradient, and the bias's comes whole to all ranks. No second derivative.
+    """
+    out: Tensor = _row_parallel_linear_scatter(
+        x, weight, bias, order, in_sizes, token_sizes, dim, rank, group
+    )
+    return out
+
+
+def gathered_column_parallel_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    order: Tensor,
+    out_sizes: Sequence[int],
+    token_sizes: Sequence[int],
+    dim: int,
+    rank: int,
+    group: str,
+) -> tuple[Tensor, Tensor]:
+    """``gathered @ weight.T + bias`` of all ranks' tokens, and ``gathered``, which has no gradient.
+
+    ``x`` holds this rank's tokens, ``token_sizes[rank]`` in dimension ``dim``; ``out_sizes`` is the
+    cut of the weight's rows. Backward: one reduce-scatter of ``dx``. No second derivative.
+    """
+    out: tuple[Tensor, Tensor] = _gathered_column_parallel_linear(
+        x, weight, bias, order, out_sizes, token_sizes, dim, rank, group
+    )
     return out
 
 
