@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // NCCL over several hosts, which share no memory: local groups and their leaders stand for hosts,
-// and what ranks note goes over sockets. TSan: ranks are threads.
+// and what ranks note goes over sockets.
+// TSan: ranks are threads.
 #include <sys/socket.h>
 
 #include <chrono>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Memory that NCCL is told of: symmetric windows, buffers where there are none, nothing where a
-// rank cannot; who gives it back, and when. TSan: ranks are threads, but for the test that kills
-// one.
+// rank cannot; who gives it back, and when.
+// TSan: ranks are threads, but for the test that kills one.
 #include <signal.h>
 #include <sys/wait.h>
 #include <unistd.h>

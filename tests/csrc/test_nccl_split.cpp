@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Groups made of the ranks of another group over NCCL, as Group.split makes them: a communicator
-// and a control group of their own, on the same GPUs and in the same streams. TSan: ranks are
-// threads.
+// and a control group of their own, on the same GPUs and in the same streams.
+// TSan: ranks are threads.
 #include <chrono>
 #include <cstdlib>
 #include <thread>
