@@ -244,6 +244,65 @@ def test_chunks_of_a_large_product_are_summed() -> None:
     share(overlaps, 2)
 
 
+def cuts_tokens(group: Group, dtype: torch.dtype, tokens: list[int]) -> None:
+    size, rank = group.size, group.rank
+    scale = 32 if max(tokens) > 1000 else 1  # enough to be cut into chunks
+    wide, widths = 48 * scale, [scale * (16 + 8 * r) for r in range(size)]
+    cut = (group.order, widths, tokens, 0, rank, group.name)
+    x = data((sum(tokens), wide), dtype, 1)
+    up, down = data((sum(widths), wide), dtype, 2), data((wide, sum(widths)), dtype, 3)
+    offset, bias = data((sum(widths),), dtype, 4), data((wide,), dtype, 5)
+    mine = [
+        part.clone().requires_grad_()
+        for part in (
+            x.split(tokens)[rank],
+            up.split(widths)[rank],
+            offset.split(widths)[rank],
+            down.split(widths, 1)[rank],
+            bias,
+        )
+    ]
+    y, gathered = _ops.gathered_column_parallel_linear(*mine[:3], *cut)
+    assert torch.equal(gathered, x)
+    z = _ops.row_parallel_linear_scatter(y, *mine[3:], *cut)
+    dz = data((sum(tokens), wide), dtype, 6)
+    z.backward(dz.split(tokens)[rank])  # type: ignore[no-untyped-call]
+    exact = [t.double().requires_grad_() for t in (x, up, offset, down, bias)]
+    whole = F.linear(F.linear(exact[0], exact[1], exact[2]), exact[3], exact[4])
+    whole.backward(dz.double())  # type: ignore[no-untyped-call]
+    limit = 4 * LIMITS[dtype]  # two layers
+    check("z", z, whole.split(tokens)[rank].cpu(), limit)
+    cuts = [(tokens, 0), (widths, 0), (widths, 0), (widths, 1), ([wide], 0)]
+    for n, (sizes, dim) in enumerate(cuts):
+        grad = exact[n].grad
+        assert grad is not None
+        part = grad.split(sizes, dim)[rank if len(sizes) > 1 else 0]
+        check(f"gradient {n}", mine[n].grad, part.cpu(), limit)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tokens", [[3, 5], [0, 4], [4096, 4100]], ids=["few", "none", "many"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
+def test_tokens_are_cut_and_joined_with_the_products(dtype: torch.dtype, tokens: list[int]) -> None:
+    share(cuts_tokens, 2, dtype, tokens)
+
+
+def tunes(group: Group) -> None:
+    model = nn.Sequential(
+        ColumnParallelLinear(64, 256, activation="relu", group=group, device=GPU),
+        RowParallelLinear(256, 64, group=group, device=GPU),
+    )
+    x = data((96, 64), torch.float32, 1)
+    before = model(x)
+    result = tp.tune_linear(model, [96], group, backward=True)
+    assert {t.problem.kind for t in result.tuned} == {"row", "column_relu", "column_backward"}
+    assert all(t.best_us <= t.heuristic_us for t in result.tuned)
+    check("tuned", model(x), before.double().cpu(), LIMITS[torch.float32])
+
+
+def test_products_are_tuned_and_stay_right() -> None:
+    share(tunes, 2)
+
+
 def normalises(group: Group, dtype: torch.dtype) -> None:
     cut = tp.Partition.even(21, group.size)
     part = cut.slice(group.rank)

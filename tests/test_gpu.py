@@ -116,7 +116,7 @@ run()
 assert all("rank 0 aborted the group: enough" in text for text in told), told
 assert [c.backend for c in made] == ["nccl"] * 2 and made[0].name == "tp:gpu"
 assert [line[1] for line in made[1].op_log()] == ["init", "barrier"]
-assert _C.nccl_library("", []) == ("2.28.9", sys.argv[1] + "/libfake_nccl.so")
+assert _C.nccl_library("", []) == ("2.28.9", sys.argv[1] + "/libfake_nccl.so", "window")
 [c.close() for c in made]
 
 controls = _C.make_local("tp:missing", 2, 5.0)
@@ -197,7 +197,7 @@ def test_simulate_refuses_a_device_that_ranks_cannot_share() -> None:
     not gpu.wheel_files("nccl", "libnccl.so.2"), reason="no nvidia-nccl wheel is installed"
 )
 def test_the_wheels_library_answers_beside_a_cpu_torch() -> None:
-    version, path = _C.nccl_library("", gpu.wheel_files("nccl", "libnccl.so.2"))
+    version, path, _ = _C.nccl_library("", gpu.wheel_files("nccl", "libnccl.so.2"))
     assert int(version.split(".")[0]) == 2 and path.endswith("libnccl.so.2")
 
 

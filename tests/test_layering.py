@@ -38,7 +38,7 @@ PYTHON = [
     {"nn"},
     {"plan", "optim"},
     {"state"},
-    {"verify", "guards"},
+    {"guards", "tune", "verify"},
     {"checkpoint", "checkpoint.reader"},
     {"checkpoint.optimizer"},
     {"checkpoint.skeleton", "checkpoint.writer"},

@@ -36,6 +36,16 @@ def samples(group: Group) -> Iterator[tuple[str, tuple[Any, ...]]]:
     for has_bias in (False, True):
         args = (t(2, 3, mine), t(2, 3, 6), t(mine, 6), has_bias, order, widths, name)
         yield "column_parallel_linear_backward", args
+    for shape, dim in (((sum(widths),), 0), ((2, sum(widths)), 1), ((sum(widths), 2), 0)):
+        args = (t(*shape, mine), t(5, mine), t(5), order, widths, widths, dim, rank, name)
+        yield "row_parallel_linear_scatter", args
+        cut = [mine if n == dim else size for n, size in enumerate(shape)]
+        args = (t(*cut, 6), t(mine, 6), t(mine), order, widths, widths, dim - 1 - len(shape), rank)
+        yield "gathered_column_parallel_linear", (*args, name)
+    weight, x = torch.randn(5, mine), torch.randn(3, mine)
+    yield "tune_linear", (x, weight, None, None, "row", widths, 8, name)
+    choices = torch.empty(0, dtype=torch.uint8)
+    yield "import_linear_choices", (x, weight, None, None, "row", widths, choices, name)
     for act in ("silu", "gelu", "gelu_tanh"):
         yield "glu", (t(3, 8), act)
     yield "glu_backward", (torch.randn(2, 3, 4), torch.randn(2, 3, 8), "silu")

@@ -87,6 +87,9 @@ py::dict stats_of(const Communicator& communicator) {
   out["staged"] = stats.staged;
   out["arena_bytes_in_use"] = stats.arena_bytes_in_use;
   out["arena_bytes_peak"] = stats.arena_bytes_peak;
+  out["windows"] = stats.windows;
+  out["registered"] = stats.registered;
+  out["unregistered"] = stats.unregistered;
   out["late_share"] = stats.late_share;
   return out;
 }
@@ -148,19 +151,22 @@ PYBIND11_MODULE(_C, m) {
       "make_nccl",
       [](const std::shared_ptr<Communicator>& control, int device, double init_timeout_s,
          int max_ctas, int64_t peer_bytes, bool is_gpu_shared, const std::string& file,
-         const std::vector<std::string>& wheel_files, const std::vector<int>& sockets) {
+         const std::vector<std::string>& wheel_files, const std::vector<int>& sockets,
+         bool allows_windows) {
+        using comm::nccl::Registration;
         return comm::make_nccl(
             {.device = device,
              .init_timeout_s = init_timeout_s,
              .max_ctas = max_ctas,
              .peer_bytes = peer_bytes,
+             .registration = allows_windows ? Registration::kWindow : Registration::kBuffer,
              .is_gpu_shared = is_gpu_shared,
              .search = {file, wheel_files}},
             control, sockets.empty() ? nullptr : comm::make_socket_board(control, sockets));
       },
       py::arg("control"), py::arg("device"), py::arg("init_timeout_s"), py::arg("max_ctas"),
       py::arg("peer_bytes"), py::arg("is_gpu_shared"), py::arg("file"), py::arg("wheel_files"),
-      py::arg("sockets") = std::vector<int>(), Released());
+      py::arg("sockets") = std::vector<int>(), py::arg("allows_windows") = true, Released());
   m.def(
       "make_peers",
       [](int device, const std::shared_ptr<Communicator>& control) {
@@ -171,7 +177,8 @@ PYBIND11_MODULE(_C, m) {
       "nccl_library",
       [](const std::string& file, const std::vector<std::string>& wheel_files) {
         const comm::nccl::Api& api = comm::nccl::api({file, wheel_files});
-        return std::pair(comm::nccl::version_text(api.version), api.path);
+        return std::tuple(comm::nccl::version_text(api.version), api.path,
+                          std::string(name(comm::nccl::registration_of(api))));
       },
       py::arg("file"), py::arg("wheel_files"), Released());
   m.def(

@@ -45,6 +45,8 @@ struct NcclOptions {
   /// All-reduces of up to so many bytes by kernels of our own over memory that the ranks of this
   /// host reach directly, after a test that they give NCCL's sums; 0: none.
   int64_t peer_bytes = 0;
+  /// How NCCL may know memory that is kept; the least of the ranks' holds.
+  nccl::Registration registration = nccl::Registration::kWindow;
   bool is_gpu_shared = false;  ///< several ranks on one GPU, for tests; NCCL must allow it too
   nccl::Search search = {};
 };

@@ -32,6 +32,9 @@ enum class OpCode : uint8_t {
   kRowParallelLinearAddRmsNorm,
   kInit,
   kVocabParallelCrossEntropy,
+  kEmptyShared,
+  kRowParallelLinearScatter,
+  kGatheredColumnParallelLinear,
 };
 const char* name(OpCode op);
 
@@ -80,6 +83,10 @@ struct Stats {
   uint64_t staged = 0;  ///< collectives that copied through staging
   int64_t arena_bytes_in_use = 0;
   int64_t arena_bytes_peak = 0;
+  /// Blocks of allocate() that NCCL knows as a symmetric window, as a buffer, or not at all.
+  int64_t windows = 0;
+  int64_t registered = 0;
+  int64_t unregistered = 0;
   /// By rank: the share of the time between collectives, 0 to 1, that went by after the first rank
   /// had come and before this one came.
   std::vector<double> late_share = {};

@@ -66,6 +66,16 @@ void DeviceCommunicator::barrier(double timeout_s, Stream) {
   collective(signature, 0, timeout_s, [&] { control_->barrier(this->timeout_s(), {}); });
 }
 
+std::vector<int64_t> DeviceCommunicator::tell_all(OpCode op, std::span<const int64_t> mine) {
+  const auto size = static_cast<size_t>(identity_.size);
+  std::vector<int64_t> all(size * mine.size());
+  const std::vector<int64_t> columns(size, static_cast<int64_t>(mine.size()));
+  const int64_t shape[] = {static_cast<int64_t>(all.size())};
+  control_->all_gather({.op = op, .dtype = DType::kInt64, .shape = shape}, mine.data(), all.data(),
+                       1, columns, {});
+  return all;
+}
+
 // ---- the watch
 
 void DeviceCommunicator::watch() {

@@ -19,8 +19,8 @@ class DeviceCommunicator : public BoardCommunicator,
   void barrier(double timeout_s, Stream) final;  ///< of the hosts: it waits for no GPU
 
  protected:
-  /// `control`: the same ranks on their hosts; from here on it runs barriers only, and is closed
-  /// with this one.
+  /// `control`: the same ranks on their hosts; from here on it runs barriers and what ranks tell
+  /// each other, and is closed with this one.
   DeviceCommunicator(Identity identity, const cuda::Device& device,
                      std::shared_ptr<Communicator> control, std::shared_ptr<Board> board);
   ~DeviceCommunicator() override;
@@ -31,6 +31,9 @@ class DeviceCommunicator : public BoardCommunicator,
   /// A collective whose work `body` puts into `stream`, with the device current.
   void launch(const Signature& signature, int64_t bytes, Stream stream,
               const std::function<void(cuda::StreamHandle)>& body);
+
+  /// Every rank's words, rank by rank; in a collective's body. Hosts meet, GPUs do not.
+  std::vector<int64_t> tell_all(OpCode op, std::span<const int64_t> mine);
 
   // Called by the watch's thread.
   /// Claims a verdict if the library that moves the bytes has failed.

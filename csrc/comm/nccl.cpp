@@ -97,6 +97,7 @@ std::shared_ptr<Communicator> make_nccl(const NcclOptions& options,
   identity.device = options.device;
   auto communicator = std::make_shared<NcclCommunicator>(
       identity, nccl::api(), cuda::Device(options.device), control, std::move(board));
+  communicator->limit_registration(options.registration);
   nccl::Config config;
   if (options.max_ctas > 0) config.max_ctas = options.max_ctas;
   communicator->connect(ranks[0].id, config, options.init_timeout_s);

@@ -12,6 +12,7 @@ namespace {
 
 constexpr int kOldest = 21800;
 constexpr int kTooNew = 30000;
+constexpr int kFirstWithWindows = 22700;
 
 struct Found {
   SharedLibrary library;
@@ -90,6 +91,18 @@ const Api& api(const Search& search) {
   std::lock_guard lock(g_mutex);
   if (!g_api) g_api = new Api(load(search));
   return *g_api;
+}
+
+const char* name(Registration registration) {
+  constexpr const char* kNames[] = {"none", "buffer", "window"};
+  return kNames[static_cast<size_t>(registration)];
+}
+
+Registration registration_of(const Api& api) {
+  if (!api.MemAlloc || !api.MemFree) return Registration::kNone;
+  if (api.version >= kFirstWithWindows && api.CommWindowRegister && api.CommWindowDeregister)
+    return Registration::kWindow;
+  return api.CommRegister && api.CommDeregister ? Registration::kBuffer : Registration::kNone;
 }
 
 std::string version_text(int version) {

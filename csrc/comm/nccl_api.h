@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // NCCL through a table of functions: no nccl.h to build, no library to link. What is declared here
-// is the part of NCCL's 2.x C interface that has not changed since 2.18.
+// is the part of NCCL's 2.x C interface that has not changed since 2.18, and what came later under
+// names of its own.
 #pragma once
 
 #include <climits>
@@ -70,11 +71,13 @@ struct Config {
   X(Recv, int, (void*, size_t, int, int, Handle, StreamHandle))
 
 /// Null in libraries that are too old for them.
-#define TPN_NCCL_OPTIONAL(X)                            \
-  X(MemAlloc, int, (void**, size_t))                    \
-  X(MemFree, int, (void*))                              \
-  X(CommRegister, int, (Handle, void*, size_t, void**)) \
-  X(CommDeregister, int, (Handle, void*))
+#define TPN_NCCL_OPTIONAL(X)                                       \
+  X(MemAlloc, int, (void**, size_t))                               \
+  X(MemFree, int, (void*))                                         \
+  X(CommRegister, int, (Handle, void*, size_t, void**))            \
+  X(CommDeregister, int, (Handle, void*))                          \
+  X(CommWindowRegister, int, (Handle, void*, size_t, void**, int)) \
+  X(CommWindowDeregister, int, (Handle, void*))
 
 struct Api {
 #define TPN_DECLARE(name, result, arguments) result(*name) arguments = nullptr;
@@ -84,6 +87,17 @@ struct Api {
   int version = 0;   ///< 22809 for 2.28.9: what the library that answers says
   std::string path;  ///< the file that it is in
 };
+
+/// What a library may be told of memory that collectives then need not copy.
+enum class Registration : int {
+  kNone,
+  kBuffer,  ///< ncclCommRegister: each rank for itself
+  kWindow,  ///< ncclCommWindowRegister, from 2.27 on: all ranks together, at one offset
+};
+const char* name(Registration registration);  ///< "none", "buffer", "window"
+/// The best that the library has; kNone also where it has no memory of its own to give.
+Registration registration_of(const Api& api);
+constexpr int kSymmetricWindow = 1;  ///< NCCL_WIN_COLL_SYMMETRIC
 
 /// Where to look for the library, in this order: `file`, if not empty; the scope of a mapped
 /// libtorch_cuda.so, which is the copy that torch uses; a mapped libnccl.so.2; the loader's

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <limits>
 #include <numeric>
 
 #include "core/callbacks.h"
@@ -61,7 +62,8 @@ NcclCommunicator::NcclCommunicator(Identity identity, const nccl::Api& api,
                                    std::shared_ptr<Communicator> control,
                                    std::shared_ptr<Board> board)
     : DeviceCommunicator(std::move(identity), device, std::move(control), std::move(board)),
-      api_(api) {
+      api_(api),
+      best_registration_(nccl::registration_of(api)) {
   start_watch();
 }
 
@@ -83,7 +85,8 @@ void NcclCommunicator::connect(const nccl::UniqueId& id, nccl::Config config, do
 
 // ---- calls
 
-void NcclCommunicator::await_ready(const char* name, int result) {
+/// What becomes of a call that answered `result`; still in progress once `limit_s` are over.
+int NcclCommunicator::outcome(int result, double limit_s) {
   const double start = now_s();
   double pause_s = 20e-6;
   while (result == nccl::kSuccess || result == nccl::kInProgress) {
@@ -93,13 +96,19 @@ void NcclCommunicator::await_ready(const char* name, int result) {
       result = handle_ ? api_.CommGetAsyncError(handle_, &state) : nccl::kInternalError;
       if (result == nccl::kSuccess) result = state;
     }
-    if (result == nccl::kSuccess) return;
     if (result != nccl::kInProgress) break;
-    poll(now_s() - start);
+    const double waited_s = now_s() - start;
+    poll(waited_s);
+    if (waited_s >= limit_s) break;
     sleep_s(pause_s);
     pause_s = std::min(2 * pause_s, 1e-3);
   }
-  fail_call(name, result);
+  return result;
+}
+
+void NcclCommunicator::await_ready(const char* name, int result) {
+  result = outcome(result, std::numeric_limits<double>::infinity());
+  if (result != nccl::kSuccess) fail_call(name, result);
 }
 
 void NcclCommunicator::fail_call(const char* name, int result) {
@@ -224,45 +233,6 @@ void NcclCommunicator::drop() noexcept {
     if (peers_) peers_->abort();
   }
   DeviceCommunicator::drop();
-}
-
-// ---- memory
-
-Block NcclCommunicator::allocate(int64_t bytes) {
-  if (!api_.MemAlloc || !api_.MemFree || !api_.CommRegister || !api_.CommDeregister || bytes <= 0)
-    return {};
-  const cuda::Current current(device());
-  Block block;
-  const int result = api_.MemAlloc(&block.data, static_cast<size_t>(bytes));
-  TPN_CHECK(result == nccl::kSuccess, "ncclMemAlloc of ", bytes,
-            " bytes failed: ", nccl::text_of(api_, result, nullptr));
-  void* registration = nullptr;
-  {
-    std::lock_guard lock(nccl_mutex_);  // unregistered memory works too
-    if (handle_ && api_.CommRegister(handle_, block.data, static_cast<size_t>(bytes),
-                                     &registration) == nccl::kSuccess)
-      registrations_.insert(registration);
-  }
-  const auto self = std::static_pointer_cast<NcclCommunicator>(shared_from_this());
-  block.owner =
-      std::shared_ptr<void>(block.data, [weak = std::weak_ptr(self), api = &api_, device = device(),
-                                         registration](void* data) noexcept {
-        try {
-          const PlainErrors plain;
-          const cuda::Current on(device);
-          (void)cuda::driver().CtxSynchronize();  // collectives may still be writing
-          if (const auto owner = weak.lock()) owner->unregister(registration);
-          (void)api->MemFree(data);
-        } catch (const std::exception&) {  // the device has gone, and its memory with it
-        }
-      });
-  return block;
-}
-
-void NcclCommunicator::unregister(void* registration) noexcept {
-  std::lock_guard lock(nccl_mutex_);
-  if (registrations_.erase(registration) > 0 && handle_)
-    (void)api_.CommDeregister(handle_, registration);
 }
 
 // ---- collectives
@@ -437,16 +407,17 @@ void NcclCommunicator::end(bool is_orderly) noexcept {
     if (peers_) peers_->abort();
   }
   nccl::Handle handle = nullptr;
+  std::vector<std::shared_ptr<Kept>> blocks;
   {
     std::lock_guard lock(nccl_mutex_);
     handle = std::exchange(handle_, nullptr);  // nobody else calls anything on it now
-    if (handle && is_orderly) {
-      for (void* const registration : registrations_)
-        (void)api_.CommDeregister(handle, registration);
-    }
-    registrations_.clear();
+    blocks = forget_blocks(is_orderly, handle);
   }
-  if (!handle) return;
+  if (handle) end_library(handle, is_orderly);
+  for (const auto& block : blocks) free_block(*block);  // NCCL's threads have let go of them
+}
+
+void NcclCommunicator::end_library(nccl::Handle handle, bool is_orderly) noexcept {
   if (is_orderly) {
     int state = api_.CommFinalize(handle);
     const double end_s = now_s() + kFinalizeSeconds;

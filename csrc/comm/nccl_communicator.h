@@ -3,7 +3,8 @@
 // aborts and destroys its communicator (DESIGN.md 7).
 #pragma once
 
-#include <set>
+#include <memory>
+#include <vector>
 
 #include "comm/device_communicator.h"
 #include "comm/nccl_api.h"
@@ -13,8 +14,7 @@ namespace tp_native::comm {
 
 class NcclCommunicator final : public DeviceCommunicator {
  public:
-  /// Unusable before connect(). `control`: the same ranks on their hosts; from here on it runs
-  /// barriers only.
+  /// Unusable before connect(). `control`: see DeviceCommunicator.
   NcclCommunicator(Identity identity, const nccl::Api& api, const cuda::Device& device,
                    std::shared_ptr<Communicator> control, std::shared_ptr<Board> board);
   /// Collective; raises on all ranks once one of them cannot.
@@ -25,9 +25,13 @@ class NcclCommunicator final : public DeviceCommunicator {
   void use_peers(std::unique_ptr<PeerMemory> memory);
 
   /// Memory of NCCL's own, registered, so that it copies nothing where the hardware allows that.
-  /// For buffers that live long: taking and giving back wait for the GPU. Null data where the
-  /// library has no such functions.
+  /// Collective: all ranks take the same amount. For buffers that live long: taking and giving back
+  /// wait for the GPU, and a window's memory goes back with the next allocate() after all ranks
+  /// have let go of it, or with the group. Null data where the library has no such functions.
   Block allocate(int64_t bytes) override;
+  /// Of later blocks; the least of all ranks' holds.
+  void limit_registration(nccl::Registration most);
+  Stats stats() const override;
   ~NcclCommunicator() override;
 
   void all_reduce(const Signature&, const void* in, void* out, int64_t count, const Epilogue&,
@@ -54,20 +58,38 @@ class NcclCommunicator final : public DeviceCommunicator {
   template <class Calls>
   void grouped(const Calls& calls);
   void await_ready(const char* name, int result);
+  int outcome(int result, double limit_s);
   bool agrees_with_nccl(PeerMemory& memory);
   bool reduce_by_peers(const Signature& s, const void* in, void* out, int64_t count,
                        const Epilogue& epilogue, cuda::StreamHandle stream);
-  void unregister(void* registration) noexcept;
+  void end_library(nccl::Handle handle, bool is_orderly) noexcept;
   [[noreturn]] void fail_call(const char* name, int result);
   void move_parts(const Signature& s, char* whole, char* part, std::span<const int64_t> counts,
                   bool is_gather, Stream stream);
   void gather_blocks(const void* in, char* out, std::span<const int64_t> bytes,
                      cuda::StreamHandle stream);
 
+  // nccl_memory.cpp
+  struct Kept;
+  struct MemoryFailure {
+    int rank = -1;
+    int result = nccl::kSuccess;
+  };
+  std::shared_ptr<Kept> allocate_alike(int64_t bytes, MemoryFailure& failure);
+  nccl::Registration make_window(Kept& block, int64_t bytes);
+  nccl::Registration register_buffer(Kept& block, int64_t bytes);
+  uint64_t released_windows();
+  bool give_up_windows(uint64_t which);
+  int deregister(Kept& block);
+  void give_back(const std::shared_ptr<Kept>& block) noexcept;
+  std::vector<std::shared_ptr<Kept>> forget_blocks(bool is_orderly, nccl::Handle handle) noexcept;
+  void free_block(Kept& block) noexcept;
+
   const nccl::Api& api_;
-  std::mutex nccl_mutex_;  ///< around short calls only
+  mutable std::mutex nccl_mutex_;  ///< around short calls only; guards what follows
   nccl::Handle handle_ = nullptr;
-  std::set<void*> registrations_;  ///< of handle_
+  std::vector<std::shared_ptr<Kept>> blocks_;
+  nccl::Registration best_registration_;
 
   std::mutex peers_mutex_;  ///< the watch aborts them
   std::unique_ptr<PeerMemory> peers_;

@@ -19,7 +19,10 @@ const char* name(OpCode op) {
                                     "scatter",
                                     "row_parallel_linear_add_rms_norm",
                                     "init",
-                                    "vocab_parallel_cross_entropy"};
+                                    "vocab_parallel_cross_entropy",
+                                    "empty_shared",
+                                    "row_parallel_linear_scatter",
+                                    "gathered_column_parallel_linear"};
   const auto index = static_cast<size_t>(op);
   return index < sizeof(kNames) / sizeof(kNames[0]) ? kNames[index] : "unknown operation";
 }

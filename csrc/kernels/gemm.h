@@ -119,6 +119,17 @@ std::vector<std::byte> export_choice(const Gemm& product);
 /// alignment, library or kind of GPU, or does not run here.
 void import_choice(const Gemm& product, std::span<const std::byte> choice);
 
+/// Tunes those of `products` that compute something, each once where several are alike.
+struct GemmTunings {
+  std::vector<std::byte> choices;    ///< of all of them, for import_all() of the same products
+  std::vector<double> heuristic_us;  ///< by product: with the heuristic's choice
+  std::vector<double> best_us;       ///< with the one that is used from now on
+};
+GemmTunings tune_all(std::span<const Gemm> products, cuda::StreamHandle stream, int candidates = 8);
+/// Choices of another rank's tune_all() of products that are alike, one by one and in its order.
+/// Raises as import_choice() does; then some of them may be in use.
+void import_all(std::span<const Gemm> products, std::span<const std::byte> choices);
+
 /// Gives back what is kept for a stream, in its order. Before the stream is destroyed: another may
 /// get its handle.
 void forget_stream(cuda::StreamHandle stream);

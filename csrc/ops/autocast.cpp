@@ -47,6 +47,27 @@ Tensor linear_act(const Tensor& x, const Tensor& weight, const OptionalTensor& b
                   sizes, group);
 }
 
+template <at::DeviceType kDevice>
+Tensor linear_scatter(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                      const Tensor& order, Sizes in_sizes, Sizes token_sizes, int64_t dim,
+                      int64_t rank, std::string_view group) {
+  static const auto kOp = find_op<LinearScatter>("tp_native::row_parallel_linear_scatter");
+  const Autocast<kDevice> autocast;
+  return kOp.call(autocast.cast(x), autocast.cast(weight), autocast.cast(bias), order, in_sizes,
+                  token_sizes, dim, rank, group);
+}
+
+template <at::DeviceType kDevice>
+std::tuple<Tensor, Tensor> gathered_linear(const Tensor& x, const Tensor& weight,
+                                           const OptionalTensor& bias, const Tensor& order,
+                                           Sizes out_sizes, Sizes token_sizes, int64_t dim,
+                                           int64_t rank, std::string_view group) {
+  static const auto kOp = find_op<GatheredLinear>("tp_native::gathered_column_parallel_linear");
+  const Autocast<kDevice> autocast;
+  return kOp.call(autocast.cast(x), autocast.cast(weight), autocast.cast(bias), order, out_sizes,
+                  token_sizes, dim, rank, group);
+}
+
 /// The linear is cast; residual and norm are not, as in a dense block: a float32 residual stream
 /// stays one. Then the dtypes differ and the steps run one by one.
 template <at::DeviceType kDevice>
@@ -76,6 +97,8 @@ void implement(torch::Library& m) {
   m.impl("column_parallel_linear", &linear<kDevice, false>);
   m.impl("column_parallel_linear_act", &linear_act<kDevice>);
   m.impl("row_parallel_linear_add_rms_norm", &linear_add_rms_norm<kDevice>);
+  m.impl("row_parallel_linear_scatter", &linear_scatter<kDevice>);
+  m.impl("gathered_column_parallel_linear", &gathered_linear<kDevice>);
 }
 
 TORCH_LIBRARY_IMPL(tp_native, AutocastCPU, m) { implement<at::kCPU>(m); }

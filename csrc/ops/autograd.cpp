@@ -11,29 +11,15 @@
 #include <algorithm>
 
 #include "ops/add_rms_norm.h"
+#include "ops/autograd_state.h"
 #include "ops/schema.h"
 #include "ops/tensors.h"
 
 namespace tp_native::ops {
 namespace {
 
-using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
-
-template <class... Tensors>
-bool needs_grad(const Tensors&... tensors) {
-  return at::GradMode::is_enabled() && (tensors.requires_grad() || ...);
-}
-
-/// `order` is written by every later op: a saved variable would trip over its version.
-void save_order(AutogradContext* ctx, const Tensor& order, std::string_view group) {
-  ctx->saved_data["order"] = order;
-  ctx->saved_data["group"] = std::string(group);
-}
-Tensor order_of(AutogradContext* ctx) { return ctx->saved_data["order"].toTensor(); }
-std::string group_of(AutogradContext* ctx) { return ctx->saved_data["group"].toStringRef(); }
-Tensor none() { return {}; }
 
 /// Where rank `rank`'s part begins. `rank` is an argument of the op, never looked up: a look-up
 /// here would be traced into a graph that other ranks find in the compiler's cache.

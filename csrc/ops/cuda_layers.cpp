@@ -1,22 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 // The sharded layers on CUDA tensors: cuBLASLt's GEMM with its epilogue, rows cut so that one
 // chunk's collective runs under the next chunk's GEMM. Every op forks and joins inside itself.
-#include <ATen/Context.h>
 #include <ATen/ops/_assert_async.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/gelu.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/linear.h>
 #include <torch/library.h>
 
-#include <map>
-#include <memory>
-#include <mutex>
-
 #include "kernels/cuda.h"
-#include "kernels/gemm.h"
+#include "ops/cuda_linear.h"
 #include "ops/layer_checks.h"
-#include "overlap/pipeline.h"
 
 namespace tp_native::ops {
 namespace {
@@ -24,126 +17,6 @@ namespace {
 using comm::OpCode;
 using comm::Signature;
 using kernels::GemmEpilogue;
-
-cuda::StreamHandle handle_of(const comm::Stream& stream) {
-  return static_cast<cuda::StreamHandle>(stream.handle);
-}
-
-/// What a process keeps for each of its GPUs.
-struct Gpu {
-  explicit Gpu(int index)
-      : device(index), multiprocessors(device.multiprocessors()), pipeline(device) {}
-  cuda::Device device;
-  int multiprocessors;
-  overlap::Pipeline pipeline;
-};
-
-Gpu& gpu_of(int index) {
-  static std::mutex mutex;
-  static auto* const all = new std::map<int, std::unique_ptr<Gpu>>;  // streams outlive static ends
-  std::lock_guard lock(mutex);
-  auto& gpu = (*all)[index];
-  if (!gpu) gpu = std::make_unique<Gpu>(index);
-  return *gpu;
-}
-
-/// How a row-parallel product is cut. Planned once for each shape.
-std::shared_ptr<const overlap::Schedule> schedule_of(const Partial& p, at::IntArrayRef sizes,
-                                                     DType dtype, double beside_flop,
-                                                     const Gpu& gpu) {
-  const auto key =
-      std::tuple(p.rows, p.columns, sizes.vec(), dtype, beside_flop, gpu.multiprocessors);
-  static std::mutex mutex;
-  static std::map<std::decay_t<decltype(key)>, std::shared_ptr<const overlap::Schedule>> known;
-  std::lock_guard lock(mutex);
-  auto& schedule = known[key];
-  if (!schedule) {
-    overlap::Problem problem;
-    problem.pattern = overlap::Pattern::kGemmAllReduce;
-    problem.rows = p.rows;
-    problem.columns = p.columns;
-    problem.inner = *std::ranges::max_element(sizes);  // of all ranks: all cut alike
-    problem.dtype = dtype;
-    problem.ranks = static_cast<int>(sizes.size());
-    problem.multiprocessors = gpu.multiprocessors;
-    problem.beside_flop = beside_flop;
-    problem.tile = overlap::default_tile(dtype);
-    schedule =
-        std::make_shared<overlap::Schedule>(overlap::plan(problem, overlap::default_costs(dtype)));
-  }
-  return schedule;
-}
-
-/// A matrix whose rows or columns are runs of memory, as a GEMM takes it.
-struct Matrix {
-  explicit Matrix(const Tensor& t) : tensor(t) {
-    const auto fits = [&](int run, int other) {
-      return tensor.stride(run) == 1 &&
-             tensor.stride(other) >= std::max<int64_t>(1, tensor.size(run));
-    };
-    is_transposed = !fits(1, 0) && fits(0, 1);
-    if (!is_transposed && !fits(1, 0)) tensor = tensor.contiguous();
-    ld = std::max<int64_t>(1, tensor.stride(is_transposed ? 1 : 0));
-  }
-  const char* row(int64_t i) const {
-    return static_cast<const char*>(tensor.const_data_ptr()) +
-           i * (is_transposed ? 1 : ld) * tensor.element_size();
-  }
-  Tensor tensor;
-  bool is_transposed = false;
-  int64_t ld = 1;
-};
-
-bool is_gemm_type(DType dtype) {
-  return dtype == DType::kFloat32 || dtype == DType::kFloat64 || dtype == DType::kFloat16 ||
-         dtype == DType::kBFloat16;
-}
-
-/// y = f(x w^T + bias), row by row.
-class Linear {
- public:
-  Linear(const Tensor& x, const Tensor& weight, const Tensor& bias, GemmEpilogue epilogue)
-      : x_(x), weight_(weight), bias_(bias), epilogue_(epilogue), dtype_(dtype_of(x)) {
-    TORCH_CHECK_TYPE(is_gemm_type(dtype_), "linear layers on a GPU: ", x.scalar_type(),
-                     ": expected float32, float64, float16 or bfloat16");
-  }
-
-  /// Rows [first, first + rows) of x into `out`, which is [rows of x, columns], contiguous.
-  void run(const Tensor& out, int64_t first, int64_t rows, cuda::StreamHandle stream) const {
-    const int64_t columns = weight_.tensor.size(0);
-    auto* const to = static_cast<char*>(out.mutable_data_ptr()) +
-                     first * columns * static_cast<int64_t>(item_bytes(dtype_));
-    kernels::Gemm product;
-    product.m = rows;
-    product.n = columns;
-    product.k = x_.tensor.size(1);
-    product.dtype = product.out_dtype = dtype_;
-    product.a = {x_.row(first), x_.ld, x_.is_transposed};
-    product.b = {weight_.row(0), weight_.ld, !weight_.is_transposed};  // [n, k]
-    product.c = to;
-    product.ldc = columns;
-    product.epilogue = epilogue_;
-    product.bias = bias_.defined() ? bias_.const_data_ptr() : nullptr;
-    product.allows_tf32 = at::globalContext().allowTF32CuBLAS();
-    const kernels::GemmPlan plan = kernels::gemm(product, stream);
-    if (!plan.is_fused) finish(out.view({-1, columns}).narrow(0, first, rows));
-  }
-
- private:
-  /// What cuBLASLt would not take, on torch's current stream, which is the GEMM's.
-  void finish(Tensor y) const {
-    if (bias_.defined()) y.add_(bias_);
-    if (epilogue_ == GemmEpilogue::kRelu || epilogue_ == GemmEpilogue::kReluBias) y.relu_();
-    if (epilogue_ == GemmEpilogue::kGeluTanh || epilogue_ == GemmEpilogue::kGeluTanhBias)
-      at::gelu_(y, "tanh");
-  }
-
-  Matrix x_;
-  Matrix weight_;
-  Tensor bias_;
-  GemmEpilogue epilogue_;
-  DType dtype_;
-};
 
 /// The product of this rank's share, summed over the ranks chunk by chunk. The bias rides in rank
 /// 0's GEMM: it is in the sum once and costs nothing. `epilogue` is what follows the sum, given for
@@ -161,7 +34,7 @@ void reduce_product(comm::Communicator& communicator, const Signature& whole, co
   const Linear linear(flat(x), weight, adds_bias ? bias->contiguous() : Tensor(),
                       adds_bias ? GemmEpilogue::kBias : GemmEpilogue::kNone);
   Gpu& gpu = gpu_of(x.device().index());
-  const auto schedule = schedule_of(p, sizes, whole.dtype, beside.flop, gpu);
+  const auto schedule = all_reduce_schedule(gpu, p, sizes, whole.dtype, beside.flop);
   const auto width = static_cast<int64_t>(item_bytes(whole.dtype)) * p.columns;
   const auto at_row = [&](const void* base, int64_t row) {
     return base ? static_cast<const char*>(base) + row * width : nullptr;
@@ -253,32 +126,12 @@ std::tuple<Tensor, Tensor, Tensor> column_parallel_linear_backward(
                             .shape = p.shape,
                             .sizes = span_of(sizes)};
   const auto make_dw = [&](cuda::StreamHandle on) {
-    kernels::Gemm product;
-    product.m = dw.size(0);
-    product.n = dw.size(1);
-    product.k = p.rows;
-    product.dtype = product.out_dtype = signature.dtype;
-    product.a = {dy.row(0), dy.ld, !dy.is_transposed};  // dy^T
-    product.b = {input.row(0), input.ld, input.is_transposed};
-    product.c = dw.mutable_data_ptr();
-    product.ldc = dw.size(1);
-    product.epilogue = has_bias ? GemmEpilogue::kBiasGradA : GemmEpilogue::kNone;
-    product.bias_grad = has_bias ? db.mutable_data_ptr() : nullptr;
-    product.allows_tf32 = at::globalContext().allowTF32CuBLAS();
-    const kernels::GemmPlan plan = kernels::gemm(product, on);
+    const kernels::GemmPlan plan = kernels::gemm(weight_gradient(dy, input, dw, db), on);
     if (has_bias && !plan.is_fused) db.copy_(dy.tensor.sum(0));
   };
-  // the largest share of all ranks: they must cut alike
-  const double flop = 2.0 * static_cast<double>(p.rows) * static_cast<double>(p.columns) *
-                      static_cast<double>(*std::ranges::max_element(sizes));
   reduce_product(*communicator, signature, grad, turned, std::nullopt, dx, p, sizes,
-                 {.columns = p.columns}, placed, {flop, make_dw});
+                 {.columns = p.columns}, placed, {weight_gradient_flop(p, sizes), make_dw});
   return {dx, dw, db};
-}
-
-GemmEpilogue epilogue_of(std::string_view activation, bool has_bias) {
-  if (activation == "relu") return has_bias ? GemmEpilogue::kReluBias : GemmEpilogue::kRelu;
-  return has_bias ? GemmEpilogue::kGeluTanhBias : GemmEpilogue::kGeluTanh;
 }
 
 Tensor column_parallel_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,

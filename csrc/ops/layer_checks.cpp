@@ -101,6 +101,33 @@ void check_cross_entropy(const char* op, const Tensor& logits, const Tensor& tar
       text_of(target.sizes()), ": expected (..., local_vocab) and (...)");
 }
 
+std::vector<int64_t> TokenCut::rows(at::IntArrayRef sizes) const {
+  std::vector<int64_t> rows;
+  for (const int64_t n : sizes) rows.push_back(n * outer * inner);
+  return rows;
+}
+
+TokenCut check_tokens(const char* op, const Tensor& t, int64_t dim, at::IntArrayRef sizes,
+                      bool is_local, int64_t rank, const comm::Identity& self) {
+  check_rank(op, rank, self);
+  check_sizes(op, sizes, self);
+  const int64_t wrapped = dim < 0 ? dim + t.dim() : dim;
+  TORCH_CHECK_INDEX(wrapped >= 0 && wrapped < t.dim() - 1, op, ": dim ", dim,
+                    " does not count tokens of an input of shape ", text_of(t.sizes()),
+                    ": expected one before the last");
+  const int64_t tokens = c10::sum_integers(sizes);
+  const int64_t expected = is_local ? sizes[self.rank] : tokens;
+  TORCH_CHECK_VALUE(t.size(wrapped) == expected, op, ": dimension ", wrapped, " is ",
+                    t.size(wrapped), " on rank ", self.rank, ", expected ", expected, ", ",
+                    is_local ? "its share of the tokens " : "the sum of the tokens ",
+                    text_of(sizes));
+  const auto product = [&](int64_t from, int64_t to) {
+    return c10::multiply_integers(t.sizes().begin() + from, t.sizes().begin() + to);
+  };
+  return {wrapped, product(0, wrapped), product(wrapped + 1, t.dim() - 1), tokens,
+          sizes[self.rank]};
+}
+
 void check_fused_activation(const char* op, std::string_view activation) {
   TORCH_CHECK_VALUE(activation == "relu" || activation == "gelu_tanh", op, ": activation \"",
                     activation,

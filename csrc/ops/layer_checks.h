@@ -33,6 +33,21 @@ void check_vocab_parallel(const char* op, const Tensor& ids, const Tensor& weigh
 void check_cross_entropy(const char* op, const Tensor& logits, const Tensor& target,
                          at::IntArrayRef sizes, int64_t rank, const comm::Identity& self);
 
+/// Which ranks own the rows of a [..., tokens, ..., width] tensor that is cut along `dim`.
+struct TokenCut {
+  int64_t dim;    ///< counted from 0
+  int64_t outer;  ///< rows before one token's and the next one's lie this often apart: 1, then each
+                  ///< rank's rows are one run
+  int64_t inner;  ///< rows of a token
+  int64_t tokens;
+  int64_t local_tokens;
+  /// Rows of each rank.
+  std::vector<int64_t> rows(at::IntArrayRef sizes) const;
+};
+/// `t` holds all tokens, or this rank's where `is_local`.
+TokenCut check_tokens(const char* op, const Tensor& t, int64_t dim, at::IntArrayRef sizes,
+                      bool is_local, int64_t rank, const comm::Identity& self);
+
 /// Only those that a GEMM's epilogue has: "relu", "gelu_tanh".
 void check_fused_activation(const char* op, std::string_view activation);
 /// The activation of the gate: "silu" (SwiGLU), "gelu" or "gelu_tanh" (GeGLU).

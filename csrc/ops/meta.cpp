@@ -85,6 +85,26 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Ten
           at::empty_symint({has_bias ? weight.sym_size(0) : c10::SymInt(0)}, grad.options())};
 }
 
+Tensor linear_scatter(const Tensor& x, const Tensor& weight, const OptionalTensor&, const Tensor&,
+                      Sizes, Sizes token_sizes, int64_t dim, int64_t rank, std::string_view) {
+  check_device("row_parallel_linear_scatter", x, weight);
+  std::vector<c10::SymInt> shape = x.sym_sizes().vec();
+  shape.at(dim < 0 ? dim + x.dim() : dim) = token_sizes.vec().at(rank);
+  shape.back() = weight.sym_size(0);
+  return at::empty_symint(shape, x.options());
+}
+
+std::tuple<Tensor, Tensor> gathered_linear(const Tensor& x, const Tensor& weight,
+                                           const OptionalTensor&, const Tensor&, Sizes,
+                                           Sizes token_sizes, int64_t dim, int64_t,
+                                           std::string_view) {
+  check_device("gathered_column_parallel_linear", x, weight);
+  std::vector<c10::SymInt> shape = x.sym_sizes().vec();
+  shape.at(dim < 0 ? dim + x.dim() : dim) = sum(token_sizes);
+  const Tensor gathered = at::empty_symint(shape, x.options());
+  return {with_last(gathered, weight.sym_size(0), x.options()), gathered};
+}
+
 Tensor glu(const Tensor& gate_up, std::string_view) {
   return with_last(gate_up, gate_up.sym_size(-1) / 2, gate_up.options());
 }
@@ -132,6 +152,8 @@ TORCH_LIBRARY_IMPL(tp_native, Meta, m) {
   m.impl("column_parallel_linear", &parallel_linear);
   m.impl("column_parallel_linear_act", &parallel_linear_act);
   m.impl("column_parallel_linear_backward", &linear_backward);
+  m.impl("row_parallel_linear_scatter", &linear_scatter);
+  m.impl("gathered_column_parallel_linear", &gathered_linear);
   m.impl("glu", &glu);
   m.impl("glu_backward", &glu_backward);
   m.impl("row_parallel_linear_add_rms_norm", &linear_add_rms_norm);

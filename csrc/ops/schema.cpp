@@ -44,6 +44,21 @@ TORCH_LIBRARY(tp_native, m) {
   m.def(
       "column_parallel_linear_backward(Tensor grad, Tensor x, Tensor weight, bool has_bias, "
       "Tensor(a!) order, SymInt[] sizes, str group) -> (Tensor dx, Tensor dw, Tensor db)");
+  m.def(
+      "row_parallel_linear_scatter(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) order, "
+      "SymInt[] "
+      "in_sizes, SymInt[] token_sizes, int dim, int rank, str group) -> Tensor");
+  m.def(
+      "gathered_column_parallel_linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) order, "
+      "SymInt[] out_sizes, SymInt[] token_sizes, int dim, int rank, str group) -> (Tensor y, "
+      "Tensor "
+      "gathered)");
+  m.def(
+      "tune_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? grad, str kind, SymInt[] sizes, "
+      "int candidates, str group) -> (Tensor choices, Tensor us)");
+  m.def(
+      "import_linear_choices(Tensor x, Tensor weight, Tensor? bias, Tensor? grad, str kind, "
+      "SymInt[] sizes, Tensor choices, str group) -> ()");
   m.def("glu(Tensor gate_up, str activation) -> Tensor");
   m.def("glu_backward(Tensor grad, Tensor gate_up, str activation) -> Tensor");
   m.def(

@@ -37,6 +37,13 @@ using ParallelLinearAct = Tensor(const Tensor& x, const Tensor& weight, const Op
 using ParallelLinearBackward = std::tuple<Tensor, Tensor, Tensor>(
     const Tensor& grad, const Tensor& x, const Tensor& weight, bool has_bias, const Tensor& order,
     Sizes sizes, std::string_view group);
+using LinearScatter = Tensor(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                             const Tensor& order, Sizes in_sizes, Sizes token_sizes, int64_t dim,
+                             int64_t rank, std::string_view group);
+using GatheredLinear = std::tuple<Tensor, Tensor>(const Tensor& x, const Tensor& weight,
+                                                  const OptionalTensor& bias, const Tensor& order,
+                                                  Sizes out_sizes, Sizes token_sizes, int64_t dim,
+                                                  int64_t rank, std::string_view group);
 using Glu = Tensor(const Tensor& gate_up, std::string_view activation);
 using GluBackward = Tensor(const Tensor& grad, const Tensor& gate_up, std::string_view activation);
 using LinearAddRmsNorm = std::tuple<Tensor, Tensor>(const Tensor& x, const Tensor& weight,

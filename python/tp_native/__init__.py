@@ -49,6 +49,7 @@ from .partition import Partition, ShardLayout
 from .plan import ShardPlan, plan
 from .simulate import simulate
 from .state import full_state_dict
+from .tune import LinearTuning, tune_linear
 from .verify import verify
 
 __version__ = _C.__version__
@@ -65,6 +66,7 @@ __all__ = [
     "Group",
     "Guard",
     "KVCache",
+    "LinearTuning",
     "ParallelAttention",
     "ParallelDropout",
     "ParallelLMHead",
@@ -105,6 +107,7 @@ __all__ = [
     "scatter_to_ranks",
     "simulate",
     "synchronize_across_ranks",
+    "tune_linear",
     "unmerge_lora",
     "verify",
     "vocab_parallel_cross_entropy",

@@ -30,6 +30,10 @@ _row_parallel_linear = _ops.row_parallel_linear.default
 _row_parallel_linear_add_rms_norm = _ops.row_parallel_linear_add_rms_norm.default
 _column_parallel_linear = _ops.column_parallel_linear.default
 _column_parallel_linear_act = _ops.column_parallel_linear_act.default
+_row_parallel_linear_scatter = _ops.row_parallel_linear_scatter.default
+_gathered_column_parallel_linear = _ops.gathered_column_parallel_linear.default
+_tune_linear = _ops.tune_linear.default
+_import_linear_choices = _ops.import_linear_choices.default
 _glu = _ops.glu.default
 _vocab_parallel_embedding = _ops.vocab_parallel_embedding.default
 _vocab_parallel_cross_entropy = _ops.vocab_parallel_cross_entropy.default
@@ -152,6 +156,85 @@ def column_parallel_linear_act(
     """
     out: Tensor = _column_parallel_linear_act(x, weight, bias, activation, order, sizes, group)
     return out
+
+
+def row_parallel_linear_scatter(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    order: Tensor,
+    in_sizes: Sequence[int],
+    token_sizes: Sequence[int],
+    dim: int,
+    rank: int,
+    group: str,
+) -> Tensor:
+    """This rank's tokens of ``x @ weight.T`` summed over ranks, plus ``bias`` once.
+
+    ``in_sizes``: the cut of the weight's columns; ``token_sizes`` that of ``dim``, one of ``x``'s
+    dimensions before the last. The sum is `reduce_scatter`'s of the products, bit by bit. Backward:
+    one all-gather of the gradient, and the bias's comes whole to all ranks. No second derivative.
+    """
+    out: Tensor = _row_parallel_linear_scatter(
+        x, weight, bias, order, in_sizes, token_sizes, dim, rank, group
+    )
+    return out
+
+
+def gathered_column_parallel_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    order: Tensor,
+    out_sizes: Sequence[int],
+    token_sizes: Sequence[int],
+    dim: int,
+    rank: int,
+    group: str,
+) -> tuple[Tensor, Tensor]:
+    """``gathered @ weight.T + bias`` of all ranks' tokens, and ``gathered``, which has no gradient.
+
+    ``x`` holds this rank's tokens, ``token_sizes[rank]`` in dimension ``dim``; ``out_sizes`` is the
+    cut of the weight's rows. Backward: one reduce-scatter of ``dx``. No second derivative.
+    """
+    out: tuple[Tensor, Tensor] = _gathered_column_parallel_linear(
+        x, weight, bias, order, out_sizes, token_sizes, dim, rank, group
+    )
+    return out
+
+
+def tune_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    grad: Tensor | None,
+    kind: str,
+    sizes: Sequence[int],
+    candidates: int,
+    group: str,
+) -> tuple[Tensor, Tensor]:
+    """Time the products of a layer of ``kind`` on a GPU; this rank uses the fastest from now on.
+
+    ``kind``: "row"; "column_relu", "column_gelu_tanh"; "column_backward", whose ``grad`` is that of
+    the layer's output. Returns the choices as bytes, and by product the microseconds of the
+    heuristic's choice and of the fastest. Sends nothing; on a CPU there is nothing to choose.
+    """
+    out: tuple[Tensor, Tensor] = _tune_linear(x, weight, bias, grad, kind, sizes, candidates, group)
+    return out
+
+
+def import_linear_choices(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    grad: Tensor | None,
+    kind: str,
+    sizes: Sequence[int],
+    choices: Tensor,
+    group: str,
+) -> None:
+    """Use what `tune_linear` returned on another rank for a layer that is alike."""
+    _import_linear_choices(x, weight, bias, grad, kind, sizes, choices, group)
 
 
 def glu(gate_up: Tensor, activation: str) -> Tensor:

@@ -16,6 +16,7 @@ from .errors import (
     TensorParallelError,
 )
 from .group import Group
+from .partition import Partition
 
 # The communicator raised these on every rank already, and can't be used to talk about them.
 _SHARED_ALREADY = (CollectiveMismatchError, CollectiveTimeoutError, PeerLostError)
@@ -72,6 +73,19 @@ def check_same(group: Group, value: int, what: str) -> None:
     odd = [rank for rank, other in enumerate(values) if other != values[0]]
     if odd:
         raise ValueError(f"{what} differ between ranks: ranks {odd} do not match rank 0")
+
+
+def all_gather_bytes(group: Group, mine: bytes) -> list[bytes]:
+    """Every rank's bytes, in rank order. Collective: two all-gathers, whatever the lengths."""
+    if group.size == 1:
+        return [mine]
+    length = torch.tensor([len(mine)], dtype=torch.int64, device=group.device)
+    sizes = [int(n) for n in group.all_gather(length).tolist()]
+    part = torch.frombuffer(bytearray(mine), dtype=torch.uint8) if mine else torch.empty(0)
+    whole = group.all_gather(
+        part.to(group.device, torch.uint8), partition=Partition.from_sizes(sizes)
+    )
+    return [bytes(each.tolist()) for each in torch.split(whole, sizes)]
 
 
 def _encode(error: Exception) -> bytes:

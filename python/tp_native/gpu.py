@@ -107,6 +107,7 @@ def make_nccl(
     ``TP_NATIVE_NCCL_PATH`` names the library to take, ``TP_NATIVE_NCCL_MAX_CTAS`` how many thread
     blocks it may use. With ``TP_NATIVE_PEER_BYTES`` all-reduces of up to so many bytes run as
     kernels of ours over memory that the ranks reach directly, where they pass a test at the start.
+    ``TP_NATIVE_NCCL_WINDOWS=0``: memory of ``Group.empty_shared`` is registered as plain buffers.
     Ranks may share a GPU, for tests, where NCCL was told so:
     ``NCCL_MULTI_RANK_GPU_ENABLE=1`` from 2.30 on, or an ``NCCL_HOSTID`` for each process.
     """
@@ -121,15 +122,23 @@ def make_nccl(
         file=_nccl_path(),
         wheel_files=wheel_files("nccl", "libnccl.so.2"),
         sockets=list(sockets),
+        allows_windows=environ.get("TP_NATIVE_NCCL_WINDOWS") != "0",
     )
+
+
+_REGISTRATIONS = {
+    "window": "kept memory becomes symmetric windows",
+    "buffer": "kept memory is registered as buffers: symmetric windows need 2.27",
+    "none": "kept memory cannot be registered",
+}
 
 
 def facts() -> dict[str, str]:
     """What there is of NVIDIA's, for people."""
     is_there, why = _C.gpu_status()
     try:
-        version, path = _C.nccl_library(_nccl_path(), wheel_files("nccl", "libnccl.so.2"))
-        nccl = f"{version} at {path}"
+        version, path, memory = _C.nccl_library(_nccl_path(), wheel_files("nccl", "libnccl.so.2"))
+        nccl = f"{version} at {path}; {_REGISTRATIONS[memory]}"
     except TensorParallelError as error:
         nccl = str(error)
     return {

@@ -198,7 +198,13 @@ class Group:
             )
 
     def empty_shared(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """An uninitialised tensor in shared memory: collectives on it copy nothing."""
+        """An uninitialised tensor in shared memory: collectives on it copy nothing.
+
+        Over NCCL it is a collective of ranks that all ask for the same number of bytes: NCCL makes
+        it a symmetric window where it can, else registers it as a buffer (:meth:`stats` says
+        which). Taking one takes long: make it once. The memory of a window goes back with the next
+        call after all ranks have let go of their tensor.
+        """
         if self.size == 1:
             return torch.empty(shape, dtype=dtype, device=self.device)
         return _ops.empty_shared(self.order, shape, dtype, self.name)
@@ -212,14 +218,19 @@ class Group:
 
     def stats(self) -> dict[str, Any]:
         """Counts since the start: ``collectives``, ``bytes`` of this rank's payload, ``staged``
-        collectives (those that copied), ``arena_bytes_in_use`` and ``arena_bytes_peak``; and
-        ``late_share``, for each rank the part (0 to 1) of the time between the last collectives
-        that the others spent waiting for it.
+        collectives (those that copied), ``arena_bytes_in_use`` and ``arena_bytes_peak``;
+        ``windows``, ``registered`` and ``unregistered``, the tensors of :meth:`empty_shared` that
+        NCCL knows as symmetric windows, as buffers, or not; and ``late_share``, for each rank the
+        part (0 to 1) of the time between the last collectives that the others spent waiting for it.
         """
         if self._communicator is not None:
             return self._communicator.stats()
-        counts = ("collectives", "bytes", "staged", "arena_bytes_in_use", "arena_bytes_peak")
-        return {**dict.fromkeys(counts, 0), "late_share": [0.0] * self.size}
+        counts = "collectives bytes staged arena_bytes_in_use arena_bytes_peak"
+        memory = "windows registered unregistered"
+        return {
+            **dict.fromkeys([*counts.split(), *memory.split()], 0),
+            "late_share": [0.0] * self.size,
+        }
 
     def op_log(self) -> list[tuple[int, str, str, int]]:
         """The last 1,024 operations of this rank: (seq, operation, dtype, signature's hash)."""

@@ -9,6 +9,11 @@
 //   FAKE_NCCL_HANG=nth[:rank]                the nth collective never ends by itself
 //   FAKE_NCCL_PROGRESS_MS=N                  every call is "in progress" for so long
 //   FAKE_NCCL_FINALIZE_HANGS=1               ncclCommFinalize never gets done
+//   FAKE_NCCL_NO_WINDOWS=1                   GPUs without symmetric memory: windows come out null
+//   FAKE_NCCL_WINDOW_APART=1                 a failing window does not meet the other ranks'
+//   FAKE_NCCL_WINDOW_LATER=result[:rank]     a window fails in NCCL's own thread
+// A window lies at an offset that each rank counts for itself, as NCCL does: where the ranks'
+// differ the double says "internal error", and NCCL would read and write the wrong memory.
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -35,12 +40,14 @@ namespace {
 enum : int {
   kSuccess = 0,
   kSystemError = 2,
+  kInternalError = 3,
   kInvalidArgument = 4,
   kInvalidUsage = 5,
   kInProgress = 7
 };
 constexpr int kMaxRanks = 8;
 constexpr size_t kSlotBytes = 64 << 10;
+constexpr size_t kPage = 4096;  // what a window has to be aligned to
 
 using Clock = std::chrono::steady_clock;
 
@@ -60,10 +67,15 @@ struct Shared {
   std::atomic<uint64_t> arrived;
   char slots[kMaxRanks][kSlotBytes];
   Mailbox boxes[kMaxRanks][kMaxRanks];  // from, to
+  std::atomic<uint64_t> windows_arrived;
+  std::atomic<size_t> window_bytes[kMaxRanks];
+  std::atomic<size_t> window_places[kMaxRanks];
 };
 
 std::atomic<int> g_live{0};
 std::atomic<int> g_allocated{0};
+std::atomic<int> g_windows{0};
+std::atomic<int> g_buffers{0};
 
 }  // namespace
 
@@ -83,12 +95,18 @@ struct ncclComm {
   uint64_t meets = 0;
   int collectives = 0;
   std::atomic<int> registered{0};
+  std::thread registering;
+  std::atomic<bool> is_registering{false};
+  uint64_t window_meets = 0;
+  std::mutex windows_mutex;
+  std::map<void*, size_t> windows;  // by handle: their places
 };
 
 namespace {
 
 std::mutex g_mutex;
 std::map<std::string, int> g_calls;
+std::map<void*, size_t> g_blocks;  // of ncclMemAlloc, under g_mutex
 // In the thread's static block, where sanitizers can follow it.
 [[gnu::tls_model("initial-exec")]] thread_local char t_last_error[200] = "";
 void note_error(const std::string& text) {
@@ -363,8 +381,51 @@ int add(const char* function, ncclComm* comm, CUstream_st* stream, std::function
   return accepted(comm);
 }
 
+bool meet_for_window(ncclComm* comm) {
+  const uint64_t all = ++comm->window_meets * static_cast<uint64_t>(comm->size);
+  ++comm->shared->windows_arrived;
+  return wait(comm, [&] { return comm->shared->windows_arrived >= all; });
+}
+
+/// The first place that no window of this rank takes.
+size_t free_place(ncclComm* comm) {
+  size_t place = 0;
+  const auto is_taken = [&](const auto& window) { return window.second == place; };
+  while (std::any_of(comm->windows.begin(), comm->windows.end(), is_taken)) ++place;
+  return place;
+}
+
+/// What the ranks do together to make a window.
+int make_window(ncclComm* comm, void* data, size_t bytes, void** window, bool is_wanted) {
+  std::unique_lock lock(comm->windows_mutex);
+  const size_t place = free_place(comm);
+  lock.unlock();
+  Shared& shared = *comm->shared;
+  shared.window_bytes[comm->rank] = bytes;
+  shared.window_places[comm->rank] = place;
+  if (!meet_for_window(comm)) return kInternalError;
+  bool is_alike = true;
+  for (int r = 0; r < comm->size; ++r)
+    is_alike = is_alike && shared.window_bytes[r] == bytes && shared.window_places[r] == place;
+  if (!meet_for_window(comm)) return kInternalError;
+  int result = 0;
+  int rank = -2;
+  if (const char* text = std::getenv("FAKE_NCCL_WINDOW_LATER");
+      text && std::sscanf(text, "%d:%d", &result, &rank) >= 1 && (rank < 0 || rank == comm->rank))
+    return result;
+  if (!is_alike) return kInternalError;
+  if (!is_wanted || setting("FAKE_NCCL_NO_WINDOWS", 0)) return kSuccess;
+  lock.lock();
+  *window = data;
+  comm->windows[data] = place;
+  ++g_windows;
+  return kSuccess;
+}
+
 void forget(ncclComm* comm) {
   if (comm->joining.joinable()) comm->joining.join();
+  if (comm->registering.joinable()) comm->registering.join();
+  g_windows -= static_cast<int>(comm->windows.size());
   while (comm->done < comm->issued) std::this_thread::sleep_for(std::chrono::microseconds(50));
   if (comm->shared) {
     ::shm_unlink(comm->name);  // nobody else will come
@@ -380,6 +441,9 @@ void forget(ncclComm* comm) {
 FAKE_API int fake_nccl_live() { return g_live; }
 /// Blocks of ncclMemAlloc that nobody has given back.
 FAKE_API int fake_nccl_allocated() { return g_allocated; }
+/// Registrations that nobody has undone, nor the end of their communicator.
+FAKE_API int fake_nccl_windows() { return g_windows; }
+FAKE_API int fake_nccl_buffers() { return g_buffers; }
 
 struct Id {
   char text[128];
@@ -449,6 +513,7 @@ FAKE_API int ncclCommGetAsyncError(ncclComm* comm, int* state) {
   if (!comm) return kInvalidArgument;
   if (const int result = injected("ncclCommGetAsyncError", comm)) return result;
   *state = comm->state;
+  if (*state == kSuccess && comm->is_registering) *state = kInProgress;
   if (*state == kSuccess && Clock::now().time_since_epoch().count() < comm->busy_until)
     *state = kInProgress;
   return kSuccess;
@@ -463,7 +528,7 @@ FAKE_API int ncclCommFinalize(ncclComm* comm) {
 }
 FAKE_API int ncclCommDestroy(ncclComm* comm) {
   if (const int result = injected("ncclCommDestroy", comm)) return result;
-  if (comm->registered != 0) return kInvalidUsage;  // somebody forgot
+  if (comm->registered != 0 || !comm->windows.empty()) return kInvalidUsage;  // somebody forgot
   forget(comm);
   return kSuccess;
 }
@@ -475,11 +540,17 @@ FAKE_API int ncclCommAbort(ncclComm* comm) {
 }
 FAKE_API int ncclMemAlloc(void** data, size_t bytes) {
   if (const int result = injected("ncclMemAlloc", nullptr)) return result;
-  *data = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+  *data = std::aligned_alloc(kPage, (bytes + kPage - 1) / kPage * kPage);
   ++g_allocated;
+  std::lock_guard lock(g_mutex);
+  g_blocks[*data] = bytes;
   return kSuccess;
 }
 FAKE_API int ncclMemFree(void* data) {
+  {
+    std::lock_guard lock(g_mutex);
+    g_blocks.erase(data);
+  }
   std::free(data);
   --g_allocated;
   return kSuccess;
@@ -487,12 +558,45 @@ FAKE_API int ncclMemFree(void* data) {
 FAKE_API int ncclCommRegister(ncclComm* comm, void* data, size_t, void** registration) {
   if (const int result = injected("ncclCommRegister", comm)) return result;
   ++comm->registered;
+  ++g_buffers;
   *registration = data;
   return kSuccess;
 }
 FAKE_API int ncclCommDeregister(ncclComm* comm, void*) {
   --comm->registered;
+  --g_buffers;
   return injected("ncclCommDeregister", comm);
+}
+FAKE_API int ncclCommWindowRegister(ncclComm* comm, void* data, size_t bytes, void** window,
+                                    int flags) {
+  const int refused = injected("ncclCommWindowRegister", comm);
+  if (refused != kSuccess && setting("FAKE_NCCL_WINDOW_APART", 0)) return refused;
+  {
+    std::lock_guard lock(g_mutex);
+    const auto block = g_blocks.find(data);
+    if (flags != 1 || block == g_blocks.end() || block->second < bytes) {
+      note_error("a symmetric window is made of a block of ncclMemAlloc");
+      return kInvalidArgument;
+    }
+  }
+  if (comm->registering.joinable()) comm->registering.join();
+  *window = nullptr;
+  comm->is_registering = true;
+  comm->registering = std::thread([=] {
+    if (const int result = make_window(comm, data, bytes, window, refused == kSuccess))
+      comm->state = result;
+    comm->is_registering = false;
+  });
+  if (refused == kSuccess) return kInProgress;
+  comm->registering.join();  // it met the others, and then failed
+  return refused;
+}
+FAKE_API int ncclCommWindowDeregister(ncclComm* comm, void* window) {
+  if (const int result = injected("ncclCommWindowDeregister", comm)) return result;
+  std::lock_guard lock(comm->windows_mutex);
+  if (comm->windows.erase(window) == 0) return kInvalidArgument;
+  --g_windows;
+  return kSuccess;
 }
 FAKE_API int ncclGroupStart() {
   if (const int result = injected("ncclGroupStart", nullptr)) return result;
