@@ -201,8 +201,9 @@ def counts(group: Group) -> dict[str, Any]:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_each_module_enters_exactly_these_collectives(world_size: int) -> None:
-    # a product and its all-reduce are one operation, in the column's backward too
-    reduce, gather, scatter = ["row_parallel_linear"], ["all_gather"], ["reduce_scatter"]
+    # a product and its collective are one operation, in the other's backward too
+    reduce, gather = ["row_parallel_linear"], ["gathered_column_parallel_linear"]
+    scatter = ["row_parallel_linear_scatter"]
     expected = {
         "column": ([], reduce),
         "row": (reduce, []),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from .. import _ops
-from ..collectives import all_gather_tensor, copy_to_ranks, reduce_scatter_sum
+from ..collectives import all_gather_tensor, copy_to_ranks
 from ..group import GroupLike
 from ..partition import Partition, ShardLayout
 from .gradients import summed_over_replicas
@@ -177,10 +177,7 @@ class ColumnParallelLinear(_ParallelLinear):
             weight, own_bias = (self._summed(name) for name in ("weight", "bias"))  # type: ignore[assignment]
         bias = None if self.skip_bias_add else own_bias
         if self.sequence_parallel:
-            dim = self.sequence_dim
-            x = all_gather_tensor(x, dim, self.group, "partial", partition=sequence_partition)
-            self._check_width(x)
-            y = self._activated(self._product(x, weight, bias))  # the gather's backward sums dx
+            y = self._of_tokens(x, weight, bias, sequence_partition)
         else:
             y = self._of_replicated(x, weight, bias)
         if self.gather_output:
@@ -199,6 +196,16 @@ class ColumnParallelLinear(_ParallelLinear):
         if self.activation in _FUSED:
             return _ops.column_parallel_linear_act(x, weight, bias, self.activation, *cut)
         return self._activated(_ops.column_parallel_linear(x, weight, bias, *cut))
+
+    def _of_tokens(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, tokens: Partition | None
+    ) -> Tensor:
+        """Product and activation of all ranks' tokens; backward scatters the sum of ``dx``."""
+        dim = self.sequence_dim
+        sizes = (x.size(dim),) * self.group.size if tokens is None else tokens.sizes
+        cut = (self.group.order, self.partition.sizes, sizes, dim, self.group.rank, self.group.name)
+        y, _ = _ops.gathered_column_parallel_linear(x, weight, bias, *cut)
+        return self._activated(y)
 
     def _summed(self, name: str) -> Tensor | None:
         parameter, mark = self._parameters[name], self.mark(name)
@@ -367,16 +374,13 @@ class RowParallelLinear(_ParallelLinear):
                 "reduce_results=True and skip_bias_add=False"
             )
 
-    def _scattered(self, x: Tensor, sequence_partition: Partition | None) -> Tensor:
-        if self.bias is None:
-            y = self._product(x, None)
-            return reduce_scatter_sum(
-                y, self.sequence_dim, self.group, partition=sequence_partition
-            )
-        # zeros before the sum: their gradient is the bias's over all tokens, on every rank
-        y = self._product(x, self.bias - self.bias.detach())
-        y = reduce_scatter_sum(y, self.sequence_dim, self.group, partition=sequence_partition)
-        return y + self.bias.detach().to(y.dtype)  # autocast's
+    def _scattered(self, x: Tensor, tokens: Partition | None) -> Tensor:
+        """This rank's tokens of the sum; backward gathers, so the bias's gradient is whole."""
+        dim = self.sequence_dim
+        if tokens is None:
+            tokens = Partition.even(x.size(dim), self.group.size)
+        cut = (self.partition.sizes, tokens.sizes, dim, self.group.rank, self.group.name)
+        return _ops.row_parallel_linear_scatter(x, self.weight, self.bias, self.group.order, *cut)
 
     def _local_input(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:

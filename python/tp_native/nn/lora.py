@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..collectives import all_reduce_sum, copy_to_ranks
+from ..collectives import all_gather_tensor, all_reduce_sum, copy_to_ranks, reduce_scatter_sum
 from ..group import Group, GroupLike, current_group
+from ..partition import Partition
 from .dropout import ParallelDropout
 from .gradients import summed, summed_over_replicas
 from .linear import ColumnParallelLinear, RowParallelLinear, add_rms_norm
@@ -164,6 +165,16 @@ class LoRAColumnParallelLinear(LoRAModule, ColumnParallelLinear):
             x = copy_to_ranks(x, self.group)
         return self._activated(self._product(x, weight, bias))
 
+    def _of_tokens(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, tokens: Partition | None
+    ) -> Tensor:
+        if self.lora_is_merged:
+            return super()._of_tokens(x, weight, bias, tokens)
+        self._check_width(x)
+        # the gather's backward sums what both paths send back
+        x = all_gather_tensor(x, self.sequence_dim, self.group, "partial", partition=tokens)
+        return self._activated(self._product(x, weight, bias))
+
 
 class LoRARowParallelLinear(LoRAModule, RowParallelLinear):
     """Of ``A`` the columns that the rank has of the weight, ``B`` whole on every rank.
@@ -190,6 +201,15 @@ class LoRARowParallelLinear(LoRAModule, RowParallelLinear):
             )
         y = all_reduce_sum(self._product(x, None), self.group)
         return y if bias is None else y + bias
+
+    def _scattered(self, x: Tensor, tokens: Partition | None) -> Tensor:
+        if self.lora_is_merged:
+            return super()._scattered(x, tokens)
+        # zeros before the sum: their gradient is the bias's over all tokens, on every rank
+        bias = None if self.bias is None else self.bias - self.bias.detach()
+        y = self._product(x, bias)
+        y = reduce_scatter_sum(y, self.sequence_dim, self.group, partition=tokens)
+        return y if self.bias is None else y + self.bias.detach().to(y.dtype)  # autocast's
 
     def forward_add_rms_norm(
         self, x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float = 1e-6
