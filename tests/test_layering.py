@@ -38,7 +38,7 @@ PYTHON = [
     {"nn"},
     {"plan", "optim"},
     {"state"},
-    {"verify"},
+    {"verify", "guards"},
     {"checkpoint", "checkpoint.reader"},
     {"checkpoint.skeleton", "checkpoint.writer"},
     {"parallelize"},

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tp_native as tp
 from harness import run_ranks
@@ -215,6 +216,33 @@ def test_parameters_of_two_groups_in_any_order() -> None:
 def test_numbers_in_names_are_ordered_by_value() -> None:
     names = ["tp:c10d:9", "tp:c10d:10", "tp:c10d:10.1", "tp:c10d:10/2.0", "tp:c10d:10/11.0"]
     assert sorted(reversed(names), key=_words_and_numbers) == [names[i] for i in (0, 1, 2, 3, 4)]
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what would make the host wait for a device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert "_local_scalar_dense" not in str(func), "a value was asked for"
+        return func(*args, **(kwargs or {}))
+
+
+def does_not_wait(group: Group) -> None:
+    layer = tp.ColumnParallelLinear(3, 4, group=group)
+    whole = nn.Linear(3, 3, dtype=torch.bfloat16)
+    given = [*with_gradients(layer, group.rank), *with_gradients(whole, 0)]
+    scaler = tp.GradScaler("cpu", group=group)
+    optimizer = torch.optim.SGD(given)
+    scaler.scale(torch.ones(()))
+    with NoWaiting():
+        for norm_type in NORMS:
+            tp.clip_grad_norm_(given, 1.0, norm_type)
+        scaler.unscale_(optimizer)
+        with pytest.raises(AssertionError, match="a value was asked for"):
+            tp.clip_grad_norm_(given, 1.0, error_if_nonfinite=True)
+
+
+def test_no_value_is_waited_for() -> None:
+    run_ranks(does_not_wait, 2)
 
 
 def is_torchs_own(group: Group) -> None:

@@ -23,6 +23,7 @@ from .errors import (
 )
 from .generate import generate
 from .group import Group, current_group, init_tensor_parallel
+from .guards import Guard, guard
 from .nn import (
     ColumnParallelLinear,
     KVCache,
@@ -57,6 +58,7 @@ __all__ = [
     "DistributedModelWrapper",
     "GradScaler",
     "Group",
+    "Guard",
     "KVCache",
     "ParallelAttention",
     "ParallelDropout",
@@ -84,6 +86,7 @@ __all__ = [
     "full_state_dict",
     "generate",
     "get_tensor_parallel_config",
+    "guard",
     "init_tensor_parallel",
     "load_pretrained",
     "parallelize",

@@ -15,6 +15,7 @@ from .checkpoint.writer import parse_bytes, save_pretrained
 from .collectives import copy_to_ranks
 from .errors import PlanError
 from .group import Group, GroupLike, current_group
+from .guards import guard
 from .nn import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -70,7 +71,8 @@ def parallelize(
     Its Linears and Embeddings that ``plan`` names (default: `tp_native.plan` of the model) are
     swapped for parallel ones holding this rank's slices; forward, class, keys, hooks, dtype,
     device and ``requires_grad`` stay, a tied weight stays one Parameter, meta stays meta. In a
-    world of one nothing is swapped. Collective: all ranks pass the same dense model.
+    world of one nothing is swapped. Collective: all ranks pass the same dense model. In training
+    it is guarded, see `guard`.
 
     ``verify`` (inputs for one forward pass) runs the model before and after, and undoes the
     swap with a PlanError if an output departs; it keeps both models in memory meanwhile.
@@ -116,6 +118,7 @@ def parallelize(
     for name in plan.partial_gradients:
         _sum_gradients(model.get_submodule(name), group)
     _attach(model, ParallelState(group, plan))
+    guard(model)
     return model
 
 
