@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from tiny import llama, qwen3, relative, tokens
 from tp_native.errors import PlanError
 from tp_native.group import Group
+from tp_native.guards import guard
 from tp_native.nn import VocabParallelEmbedding
+from tp_native.optim import clip_grad_norm_
 from tp_native.parallelize import DistributedModelWrapper, parallelize
 from tp_native.plan import plan
 from tp_native.simulate import simulate
@@ -68,6 +70,29 @@ def test_logits_and_gradients_equal_the_dense_model(name: str, world_size: int) 
         assert relative(ours, logits) <= 1e-5
         worst = max(errors, key=lambda key: errors[key])
         assert errors[worst] <= 1e-5, worst
+
+
+def rank_trains(group: Group) -> None:
+    """Quietly where all is right, every step compared; told where it is not."""
+    model = parallelize(qwen3(), group).train()
+    guard(model, every=1)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    for clip in (clip_grad_norm_, clip_grad_norm_, torch.nn.utils.clip_grad_norm_):
+        optimizer.zero_grad()
+        model(tokens(), labels=tokens()).loss.backward()
+        clip(model.parameters(), 0.1)
+        if clip is clip_grad_norm_:
+            optimizer.step()
+    with pytest.raises(ValueError, match=r"q_norm\.weight is one thing on ranks"):
+        optimizer.step()
+    odd = tokens().clone()
+    odd[0, 0] = 2 + group.rank
+    with pytest.raises(ValueError, match="labels is one thing on ranks"):
+        model(tokens(), labels=odd)
+
+
+def test_training_is_guarded() -> None:
+    simulate(rank_trains, 2)
 
 
 def test_world_of_one_is_left_alone() -> None:

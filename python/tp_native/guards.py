@@ -86,13 +86,11 @@ class Guard:
             del hooks[key]
             if model is not None:
                 model._forward_pre_hooks_with_kwargs.pop(key, None)
-        for known in list(_watching()):
-            if known() is self:
-                _watching().remove(known)
+        _watching().pop(weakref.ref(self), None)
 
     def watch_optimizers(self) -> None:
         """Be told of steps, from now on."""
-        _watching().append(weakref.ref(self, _watching().remove))
+        _watching()[weakref.ref(self, _forget)] = None
 
     def __enter__(self) -> Self:
         return self
@@ -154,7 +152,8 @@ class Guard:
                 f"{type(optimizer).__name__}.step() got gradients that are not equal on all ranks, "
                 f"of parameters that every rank holds whole: {_told(found)}. Nothing was updated. "
                 "Clip with tp.clip_grad_norm_ (torch.nn.utils.clip_grad_norm_ takes each rank's "
-                "own norm), scale with tp.GradScaler, and compute the same loss on every rank"
+                "own norm), scale with tp.GradScaler, compute the same loss on every rank; if "
+                "ranks are meant to differ there, call tp.guard(model).remove()"
             )
 
     def _is_due(self, count: int) -> bool:
@@ -164,11 +163,11 @@ class Guard:
 
 
 @functools.cache
-def _watching() -> list[weakref.ref[Guard]]:
+def _watching() -> dict[weakref.ref[Guard], None]:
     """Guards of this process, in the order in which they came, which ranks share. The first one
     makes torch tell of all optimizers' steps.
     """
-    watching: list[weakref.ref[Guard]] = []
+    watching: dict[weakref.ref[Guard], None] = {}
 
     def before_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling():
@@ -180,6 +179,10 @@ def _watching() -> list[weakref.ref[Guard]]:
 
     register_optimizer_step_pre_hook(before_step)
     return watching
+
+
+def _forget(gone: weakref.ref[Guard]) -> None:
+    _watching().pop(gone, None)
 
 
 def fingerprint(t: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from .agreement import agreed, check_same
 from .checkpoint.writer import parse_bytes, save_pretrained
-from .collectives import copy_to_ranks
 from .errors import PlanError
 from .group import Group, GroupLike, current_group
 from .guards import guard
@@ -21,6 +20,7 @@ from .nn import (
     RowParallelLinear,
     ShardedModule,
     VocabParallelEmbedding,
+    summed,
 )
 from .nn.lora import has_lora
 from .plan import ShardEntry, ShardPlan
@@ -295,19 +295,20 @@ def _empty_twin(old: nn.Module, entry: ShardEntry, group: Group) -> nn.Module:
 
 
 def _sum_gradients(module: nn.Module, group: Group) -> None:
-    """Make a whole module's parameters sum their gradients over the ranks, once per backward.
+    """Make a whole module's parameters sum their gradients over the ranks.
 
     The module's class becomes a subclass of its own, of the same name, whose parameter
-    attributes pass through `copy_to_ranks`; stored parameters and keys stay as they are.
+    attributes pass through `summed`; stored parameters and keys stay as they are.
     """
-    names = [name for name, _ in module.named_parameters(recurse=False)]
+    names = tuple(name for name, _ in module.named_parameters(recurse=False))
 
     def reader(name: str) -> Callable[[Any], Tensor]:
-        return lambda self: copy_to_ranks(self._parameters[name], group)
+        return lambda self: summed(group, self._parameters[name])[0]
 
     kind = type(module)
-    body = {name: property(reader(name)) for name in names}
-    module.__class__ = type(kind.__name__, (kind,), {**body, "__module__": kind.__module__})
+    body: dict[str, Any] = {name: property(reader(name)) for name in names}
+    body |= {"__module__": kind.__module__, "group": group, "partial_gradients": names}
+    module.__class__ = type(kind.__name__, (kind,), body)
 
 
 def _attach(model: nn.Module, state: ParallelState) -> None:

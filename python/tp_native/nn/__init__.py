@@ -4,7 +4,7 @@ from .attention import KVCache, ParallelAttention
 from .block import TensorParallelTransformerBlock
 from .dropout import ParallelDropout
 from .embedding import VocabParallelEmbedding
-from .gradients import deferred_gradients
+from .gradients import deferred_gradients, summed
 from .head import ParallelLMHead
 from .linear import ColumnParallelLinear, RowParallelLinear
 from .lora import LoRAModule, add_lora, merge_lora, unmerge_lora
@@ -34,6 +34,7 @@ __all__ = [
     "mark_of",
     "merge_lora",
     "put_mark",
+    "summed",
     "unmerge_lora",
     "vocab_parallel_cross_entropy",
 ]
