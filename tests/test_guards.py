@@ -48,8 +48,10 @@ class Small(nn.Module):
 
 
 def guarded(group: Group, dtype: torch.dtype = torch.float32) -> Any:
-    torch.manual_seed(0)
-    dense = Small().to(dtype)
+    dense, draw = Small().to(dtype), torch.Generator().manual_seed(0)
+    with torch.no_grad():  # not torch's own generator, which thread ranks share
+        for parameter in dense.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.3)
     rules = {"embed": "embedding_rowwise", "up": "colwise", "down": "rowwise"}
     model = tp.parallelize(dense, group, plan=tp.plan(dense, group.size, rules=rules))
     assert isinstance(model.embed, tp.VocabParallelEmbedding) or group.size == 1
