@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import tp_native as tp
 from tp_native.group import Group, world_of_one
-from tp_native.nn import mark_of
 
 VOCAB, TOKENS = 13, 8  # 13 divides over no world; 8 not over three ranks
 BLOCKS: dict[str, dict[str, Any]] = {
@@ -86,10 +85,3 @@ def sharded(
 def ids(seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(VOCAB, (2, TOKENS), generator=generator)
-
-
-def full_gradient(parameter: nn.Parameter) -> Tensor:
-    """The dense model's gradient. Collective."""
-    assert parameter.grad is not None
-    mark = mark_of(parameter)
-    return parameter.grad if mark is None else mark.full(parameter.grad)

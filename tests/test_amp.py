@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 import tp_native as tp
 from harness import run_ranks
-from language_model import BLOCKS, dense, full_gradient, ids, sharded
+from language_model import BLOCKS, dense, ids, sharded
 from oracle import rank_data, relative_error
+from shards import full_gradient
 from tp_native.collectives import scatter_to_ranks
 from tp_native.group import Group, world_of_one
 from tp_native.nn import mark_of

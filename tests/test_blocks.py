@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import tp_native as tp
 from harness import run_ranks
-from oracle import dense_attention, dense_block, dense_mlp, rank_data, relative_error
+from oracle import dense_attention, dense_block, dense_mlp
+from shards import F64, WORLDS, check, data, full_gradient
 from tp_native.collectives import scatter_to_ranks
 from tp_native.group import Group, world_of_one
 from tp_native.nn import (
@@ -22,12 +23,7 @@ from tp_native.nn import (
     ParallelMLP,
     TensorParallelTransformerBlock,
     deferred_gradients,
-    mark_of,
 )
-
-WORLDS = [1, 2, 3, 4]
-F64 = torch.float64
-LIMIT = 1e-12  # float64 rounding of sums of at most 64 terms, taken in another order
 
 ATTENTION: dict[str, dict[str, Any]] = {
     "plain": {"hidden_size": 12, "num_heads": 4},
@@ -93,22 +89,6 @@ def filled(module: Any, seed: int = 11) -> Any:
         for parameter in module.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=F64) * 0.5)
     return module
-
-
-def data(*shape: int, seed: int = 3) -> Tensor:
-    return rank_data(shape, F64, 0, seed)
-
-
-def check(actual: Tensor | None, expected: Tensor | None, what: Any) -> None:
-    assert actual is not None and expected is not None and actual.shape == expected.shape, what
-    if expected.numel():
-        assert relative_error(actual, expected) <= LIMIT, what
-
-
-def full_gradient(parameter: nn.Parameter) -> Tensor:
-    assert parameter.grad is not None
-    mark = mark_of(parameter)
-    return parameter.grad if mark is None else mark.full(parameter.grad)
 
 
 def matches(group: Group, kind: Any, options: dict[str, Any], formula: Formula) -> None:

@@ -19,44 +19,20 @@ from torch import Tensor, nn
 import tp_native as tp
 from harness import run_ranks
 from oracle import dense_block, rank_data, relative_error
+from shards import F64, WORLDS, check, cuts, data, full_gradient
 from tiny import llama, tokens
 from tp_native.collectives import scatter_to_ranks
 from tp_native.group import Group, world_of_one
 from tp_native.nn import mark_of
 
-WORLDS = [1, 2, 3, 4]
-F64 = torch.float64
-LIMIT = 1e-12  # float64 rounding of sums of at most 64 terms, taken in another order
 RANK, ALPHA = 3, 5.0
 SCALING = ALPHA / RANK
-
-
-def data(*shape: int, seed: int = 3) -> Tensor:
-    return rank_data(shape, F64, 0, seed)
-
-
-def check(actual: Tensor | None, expected: Tensor | None, what: Any) -> None:
-    assert actual is not None and expected is not None and actual.shape == expected.shape, what
-    if expected.numel():
-        assert relative_error(actual, expected) <= LIMIT, what
-
-
-def cuts(size: int, ranks: int) -> list[tp.Partition]:
-    """Even, uneven, and with an empty shard."""
-    sizes = ([size - (ranks - 1), *[1] * (ranks - 1)], [0] * (ranks - 1) + [size])
-    return [tp.Partition.even(size, ranks), *map(tp.Partition.from_sizes, sizes)]
 
 
 def put(parameter: Tensor, full: Tensor) -> None:
     mark = mark_of(parameter)
     with torch.no_grad():
         parameter.copy_(full if mark is None else mark.local(full))
-
-
-def full_gradient(parameter: nn.Parameter) -> Tensor:
-    assert parameter.grad is not None
-    mark = mark_of(parameter)
-    return parameter.grad if mark is None else mark.full(parameter.grad)
 
 
 class Dense:

@@ -15,23 +15,9 @@ from torch import Tensor, nn
 import tp_native as tp
 from harness import run_ranks
 from oracle import relative_error
+from shards import F64, WORLDS, check, cuts
 from tp_native.group import Group
 from tp_native.nn import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
-
-WORLDS = [1, 2, 3, 4]
-F64 = torch.float64
-LIMIT = 1e-12  # float64 rounding of sums of at most 64 terms, taken in another order
-
-
-def cuts(size: int, ranks: int) -> list[tp.Partition]:
-    """Even, uneven, and with an empty shard."""
-    lopsided = [size - (ranks - 1), *[1] * (ranks - 1)]
-    empty = [0] * (ranks - 1) + [size]
-    return [
-        tp.Partition.even(size, ranks),
-        tp.Partition.from_sizes(lopsided),
-        tp.Partition.from_sizes(empty),
-    ]
 
 
 def inputs(*shape: int) -> Tensor:
@@ -57,12 +43,6 @@ INPUTS = {
     "strided": lambda k: inputs(6, 2 * k)[::2, ::2],
     "transposed": lambda k: inputs(k, 4).t(),
 }
-
-
-def check(actual: Tensor, expected: Tensor, what: Any) -> None:
-    assert actual.shape == expected.shape, what
-    if expected.numel():
-        assert relative_error(actual, expected) <= LIMIT, what
 
 
 def column_matches_dense(group: Group) -> None:

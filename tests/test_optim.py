@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import tp_native as tp
 from harness import run_ranks
-from language_model import BLOCKS, dense, full_gradient, ids, sharded
+from language_model import BLOCKS, dense, ids, sharded
 from oracle import rank_data, relative_error
+from shards import full_gradient
 from tp_native.group import Group, world_of_one
 from tp_native.optim import _words_and_numbers
 

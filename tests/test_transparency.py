@@ -19,12 +19,12 @@ from torch.utils.checkpoint import checkpoint
 import tp_native as tp
 from harness import run_ranks
 from oracle import dense_block, rank_data, relative_error
+from shards import check
 from tp_native.group import Group, world_of_one
 from tp_native.nn import mark_of
 
 WORLDS = [1, 2, 3, 4]
 F64 = torch.float64
-LIMIT = 1e-12  # float64 rounding of sums of at most 64 terms, taken in another order
 VOCAB, WIDTH = 11, 10
 BLOCK: dict[str, Any] = {
     "hidden_size": WIDTH,
@@ -95,12 +95,6 @@ def dense_answer() -> tuple[Tensor, dict[str, Tensor]]:
     y = formula(state, IDS)
     y.backward(COTANGENT)
     return y.detach(), {n: v.grad for n, v in state.items() if v.grad is not None}
-
-
-def check(actual: Tensor | None, expected: Tensor | None, what: Any) -> None:
-    assert actual is not None and expected is not None and actual.shape == expected.shape, what
-    if expected.numel():
-        assert relative_error(actual, expected) <= LIMIT, what
 
 
 def check_step(model: Any, run: Callable[[Tensor], Tensor], what: Any) -> None:

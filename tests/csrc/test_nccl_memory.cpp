@@ -323,36 +323,7 @@ TEST(tensors_that_die_after_a_failure_free_their_memory) {
     CHECK(failure.kind == FailureKind::kAborted);
 }
 
-TEST(a_rank_killed_during_a_registration_is_named) {
-#if !defined(__SANITIZE_THREAD__)
-  // fresh processes: the libraries of this one have threads
-  int pipes[2];
-  CHECK(::pipe(pipes) == 0);
-  pid_t pids[3];
-  for (int rank = 0; rank < 3; ++rank) {
-    pids[rank] = ::fork();
-    CHECK(pids[rank] >= 0);
-    if (pids[rank] == 0) {
-      ::execl("/proc/self/exe", "test_nccl_memory", "rank", std::to_string(rank).c_str(),
-              std::to_string(::getppid()).c_str(), std::to_string(pipes[1]).c_str(), nullptr);
-      ::_exit(99);
-    }
-  }
-  char ready = 0;
-  for (int rank = 0; rank < 3; ++rank) CHECK(::read(pipes[0], &ready, 1) == 1);
-  std::this_thread::sleep_for(std::chrono::milliseconds(300));
-  const double start = now_s();
-  CHECK(::kill(pids[1], SIGKILL) == 0);
-  for (int rank = 0; rank < 3; ++rank) {
-    int status = 0;
-    CHECK(::waitpid(pids[rank], &status, 0) == pids[rank]);
-    if (rank != 1) CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0);
-  }
-  CHECK(now_s() - start < 5);
-  ::close(pipes[0]);
-  ::close(pipes[1]);
-#endif
-}
+TEST(a_rank_killed_during_a_registration_is_named) { kill_one_of_three("test_nccl_memory", 0.3); }
 
 namespace {
 
