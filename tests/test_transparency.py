@@ -358,8 +358,9 @@ def test_profiles_name_the_ops() -> None:
         }
         assert shards >= {
             "tp_native::scatter_to_ranks",
+            "tp_native::gathered_column_parallel_linear",
+            "tp_native::row_parallel_linear_scatter",
             "tp_native::all_gather",
-            "tp_native::reduce_scatter",
             "tp_native::all_reduce",
         }
         assert inference >= {
