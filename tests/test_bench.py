@@ -186,6 +186,7 @@ def test_plot_draws_a_picture(bench_modules: None, tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.soak
 def test_bench_linear_compares_verified_layers(tmp_path: Path) -> None:
     path = tmp_path / "linear.json"
     done = run(sys.executable, BENCH / "bench_linear.py", "--quick", "--json", path)
@@ -205,6 +206,7 @@ def test_bench_linear_compares_verified_layers(tmp_path: Path) -> None:
     assert set(result["rows"][0]["bars"]) == {"gloo", "one_thread"}
 
 
+@pytest.mark.soak
 def test_bench_overhead_subtracts_native_time(microbench: Path, tmp_path: Path) -> None:
     path = tmp_path / "overhead.json"
     script = BENCH / "bench_overhead.py"

@@ -142,7 +142,14 @@ BROKEN: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
-@pytest.mark.parametrize("damage", BROKEN)
+# each takes two processes that import torch; the messages are the loader's tests' own
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(name, marks=() if name in ("missing", "truncated") else pytest.mark.soak)
+        for name in BROKEN
+    ],
+)
 def test_a_broken_folder_ends_with_1_and_one_message(
     damage: str, folder: Path, tmp_path: Path
 ) -> None:

@@ -489,7 +489,7 @@ def compiles(group: Group, backend: str, is_known: bool) -> None:
 
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.soak)])
 @pytest.mark.parametrize("is_known", [True, False])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(3, marks=pytest.mark.soak)])
 def test_it_compiles_with_its_gradient(world_size: int, is_known: bool, backend: str) -> None:
     run_ranks(compiles, world_size, backend, is_known)
 

@@ -88,7 +88,7 @@ def passes_opcheck(group: Group) -> set[str]:
     return seen
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.soak)])
 def test_every_op_passes_opcheck_in_lockstep(world_size: int) -> None:
     schemas = [s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("tp_native::")]
     every = {name.removeprefix("tp_native::") for name in schemas} - {
