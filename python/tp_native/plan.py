@@ -1,144 +1,53 @@
 """How a model is cut: which module, along which dimension, at what cost. Pure; meta will do.
 
-The cut comes from the model's own tensor-parallel plan (transformers' ``tp_plan``), from its
-embedding and head, and from the user's rules. No table of model names lives here.
+The cut comes from the user's rules, then from the model's own tensor-parallel plan (transformers'
+``tp_plan``), then from its structure: `structure` follows one forward pass on fake tensors and
+finds which features belong together. No table of model names lives here.
 """
 
 from __future__ import annotations
 
-import math
-import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import PlanError
-from .partition import Partition
+from .partition import Partition, ShardLayout
+from .shard_plan import (
+    ATTENTION,
+    COLUMN,
+    COLUMN_GATHER,
+    EMBEDDING_COLUMN,
+    ROW,
+    ROW_SPLIT,
+    VOCABULARY,
+    Shard,
+    ShardEntry,
+    ShardPlan,
+)
+from .structure.follow import Followed, follow
+from .structure.inputs import split_inputs
+from .structure.solve import elements_of
+from .structure.trace import Leaf, find_leaves
+from .styles import (
+    ALL_REDUCE,
+    PACKED_COLUMN,
+    PACKED_ROW,
+    REPLICATE,
+    SUM_GRADIENT,
+    SUPPORTED_STYLES,
+    Given,
+    given_styles,
+)
 
-# What each style does to a Linear: (sharded dimension of each parameter, outputs are gathered).
-_LINEAR_STYLES: dict[str, tuple[dict[str, int], bool]] = {
-    "colwise": ({"weight": 0, "bias": 0}, False),
-    "colwise_gather_output": ({"weight": 0, "bias": 0}, True),
-    "colwise_rep": ({"weight": 0, "bias": 0}, True),
-    "rowwise": ({"weight": 1}, False),
-}
-_EMBEDDING_STYLES = ("embedding_rowwise", "rowwise")
-# Whole on every rank, but each rank sees only its share of the gradient (per-head norms).
-SUM_GRADIENT = "replicated_with_grad_allreduce"
-SUPPORTED_STYLES = (*_LINEAR_STYLES, "embedding_rowwise", "replicate", SUM_GRADIENT)
+__all__ = ["SUPPORTED_STYLES", "Shard", "ShardEntry", "ShardPlan", "plan"]
 
-
-@dataclass(frozen=True)
-class Shard:
-    """One parameter's cut: ``partition`` along dimension ``dim``."""
-
-    dim: int
-    partition: Partition
-
-
-@dataclass(frozen=True)
-class ShardEntry:
-    """One module's cut. ``dims`` maps a parameter's local name to its sharded dimension."""
-
-    style: str
-    partition: Partition
-    dims: Mapping[str, int]
-    features: int  # width of the collective that ends the module, 0 if it has none
-    gather_output: bool = False
-
-
-@dataclass(frozen=True)
-class ShardPlan:
-    """The whole cut of one model for ``world_size`` ranks; made by `plan`.
-
-    ``entries`` is keyed by module name, ``shapes`` holds every parameter's dense shape,
-    ``item_bytes`` its bytes per element, ``aliases`` maps a tied name to its first name.
-    ``partial_gradients`` names modules that stay whole but see only this rank's share of the
-    gradient (norms inside attention heads).
-    """
-
-    world_size: int
-    model_name: str
-    entries: Mapping[str, ShardEntry]
-    shapes: Mapping[str, tuple[int, ...]]
-    item_bytes: Mapping[str, int]
-    aliases: Mapping[str, str]
-    partial_gradients: tuple[str, ...] = ()
-
-    def shard(self, param_name: str) -> Shard | None:
-        """The cut of a parameter by its dense name; None if every rank holds the whole."""
-        if param_name not in self.shapes:
-            raise ValueError(
-                f"{param_name!r} is not a parameter of {self.model_name}; names look like "
-                f"{next(iter(self.shapes), 'none: it has no parameters')!r}"
-            )
-        module_name, _, local_name = param_name.rpartition(".")
-        entry = self.entries.get(module_name)
-        if entry is None or local_name not in entry.dims:
-            return None
-        return Shard(entry.dims[local_name], entry.partition)
-
-    def local_shape(self, param_name: str, rank: int) -> tuple[int, ...]:
-        """Shape of what ``rank`` holds of a parameter."""
-        cut = self.shard(param_name)
-        shape = self.shapes[param_name]
-        if cut is None:
-            return shape
-        return (*shape[: cut.dim], cut.partition[rank], *shape[cut.dim + 1 :])
-
-    def local_bytes(self, rank: int) -> int:
-        """Bytes of parameters on ``rank``; tied parameters count once."""
-        return sum(
-            math.prod(self.local_shape(name, rank)) * self.item_bytes[name]
-            for name in self.shapes
-            if name not in self.aliases
-        )
-
-    def collectives(self) -> tuple[int, int]:
-        """(collectives in one forward pass, bytes per token that they combine)."""
-        ending = {name: entry.features for name, entry in self.entries.items() if entry.features}
-        if self.world_size == 1:
-            return 0, 0
-        token_bytes = (n * self.item_bytes[f"{name}.weight"] for name, n in ending.items())
-        return len(ending), sum(token_bytes)
-
-    def explain(self) -> str:
-        """A table: modules folded by layer, shards, bytes per rank, collectives per forward."""
-        rows = [("module", "count", "style", "cut", "bytes per rank")]
-        for pattern, names in self._folded():
-            entry = self.entries[names[0]]
-            params = [f"{name}.{local}" for name in names for local in entry.dims]
-            held = [p for p in params if p not in self.aliases]
-            sizes = [
-                sum(math.prod(self.local_shape(p, rank)) * self.item_bytes[p] for p in held)
-                for rank in range(self.world_size)
-            ]
-            cut = f"{_slashes(entry.partition.sizes)} of {entry.partition.size}"
-            what = _slashes(sizes) if held else "tied"
-            rows.append((pattern, str(len(names)), entry.style, cut, what))
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        table = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows]
-        count, token_bytes = self.collectives()
-        owned = [name for name in self.shapes if name not in self.aliases]
-        whole = sum(math.prod(self.shapes[name]) * self.item_bytes[name] for name in owned)
-        per_rank = [self.local_bytes(rank) for rank in range(self.world_size)]
-        return "\n".join(
-            [
-                f"{self.model_name} on {self.world_size} ranks",
-                *(line.rstrip() for line in table),
-                f"weights per rank: {_slashes(per_rank)} bytes of {whole}",
-                f"collectives per forward: {count}, {token_bytes} bytes per token",
-            ]
-        )
-
-    def _folded(self) -> list[tuple[str, list[str]]]:
-        folded: dict[tuple[str, str, Partition], list[str]] = {}
-        for name, entry in self.entries.items():
-            pattern = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
-            folded.setdefault((pattern, entry.style, entry.partition), []).append(name)
-        return [(key[0], names) for key, names in folded.items()]
+# Matrices that together are no more of the model than this stay whole rather than cost a
+# collective each.
+_SMALL = 0.01
 
 
 def plan(
@@ -147,17 +56,23 @@ def plan(
     *,
     rules: Mapping[str, str] | None = None,
     ratios: Sequence[float] | None = None,
+    inputs: Sequence[Any] | Tensor | None = None,
 ) -> ShardPlan:
     """Work out how ``model`` is cut for ``world_size`` ranks.
 
-    The model's own ``tp_plan`` is read, its input embedding is cut by vocabulary and its output
-    head by vocabulary with gathered logits; ``rules`` (module pattern to style, ``*`` for one
-    number in a dotted name) win over all of it. Attention is cut on whole key/value groups.
-    ``ratios`` gives each rank's share, default equal.
+    ``rules`` (module pattern to style, ``*`` for one number in a dotted name) come first, then the
+    model's own ``tp_plan``, then its structure: one forward pass is followed on fake tensors, and
+    Linears whose features only meet their like (heads, the width of an MLP) are cut in pairs
+    with one collective each. What can't be paired is cut alone and gathered, or stays whole;
+    `ShardPlan.explain` says which and why. Key/value heads and their queries stay together;
+    fewer of them than ranks are shared by several. ``ratios`` gives each rank's share, default
+    equal. ``inputs``: arguments for a forward pass (a Mapping as last one: keyword arguments),
+    where they can't be guessed.
 
-    Raises: PlanError if a style is unknown, a rule of the user's matches nothing, there are
-    fewer key/value heads than ranks, or an unknown model comes without ``rules``.
-    Source: transformers, ``distributed/tensor_parallel.py`` (styles and pattern words).
+    Raises: PlanError if a style is unknown or refused by name, a rule of the user's matches
+    nothing or does not fit its module, or ``ratios`` leave a rank with nothing.
+    Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053, section 3 (column and row pairs);
+    transformers, ``distributed/tensor_parallel.py`` (styles and pattern words).
     """
     if isinstance(world_size, bool) or not isinstance(world_size, int) or world_size < 1:
         raise PlanError(f"plan got world_size {world_size!r}, expected an int >= 1")
@@ -166,159 +81,251 @@ def plan(
             f"plan got {len(ratios)} ratios {list(ratios)} for {world_size} ranks; give one each"
         )
     modules = dict(model.named_modules())
-    styles = _styles(model, modules, rules)
-    cutter = _Cutter(model, modules, world_size, ratios)
-    whole = ("replicate", SUM_GRADIENT)
-    entries = {
-        name: cutter.entry(name, modules[name], styles[name])
-        for name in modules
-        if styles.get(name, "replicate") not in whole
-    }
-    partial = tuple(name for name in modules if styles.get(name) == SUM_GRADIENT)
-    shapes, item_bytes, aliases = {}, {}, {}
-    first_names: dict[int, str] = {}
-    for name, param in model.named_parameters(remove_duplicate=False):
-        shapes[name] = tuple(param.shape)
-        item_bytes[name] = param.element_size()
-        first = first_names.setdefault(id(param), name)
-        if first != name:
-            aliases[name] = first
-    made = ShardPlan(
-        world_size, type(model).__name__, entries, shapes, item_bytes, aliases, partial
-    )
-    _check_ties(made)
-    return made
+    given = given_styles(model, modules, rules)
+    planner = _Planner(model, modules, given, world_size, ratios)
+    if not planner.is_complete():
+        planner.follow(inputs)
+    return planner.made()
 
 
-def _styles(
-    model: nn.Module, modules: dict[str, nn.Module], rules: Mapping[str, str] | None
-) -> dict[str, str]:
-    own = getattr(model, "tp_plan", None) or getattr(model, "_tp_plan", None) or {}
-    if not own and not rules:
-        raise PlanError(
-            f"{type(model).__name__} has no tensor-parallel plan (`tp_plan`) of its own; pass "
-            'rules={"layers.*.fc1": "colwise", "layers.*.fc2": "rowwise", ...} with the names '
-            f"of its Linear modules; styles are {list(SUPPORTED_STYLES)}"
-        )
-    styles: dict[str, str] = {}
-    for getter, style in (
-        ("get_input_embeddings", "embedding_rowwise"),
-        ("get_output_embeddings", "colwise_gather_output"),
-    ):
-        module = _ask(model, getter)
-        kind = nn.Embedding if style == "embedding_rowwise" else nn.Linear
-        styles.update((n, style) for n, m in modules.items() if m is module and type(m) is kind)
-    matched = _match(own, modules)
-    unmatched = [pattern for pattern, names in matched.items() if not names]
-    # A tied or bare model has no head of its own for the rule to match: nothing to say then.
-    if unmatched:
-        warnings.warn(
-            f"tp_plan rules {unmatched} match nothing in {type(model).__name__} "
-            "and will not be applied",
-            stacklevel=3,
-        )
-    for pattern, names in matched.items():
-        styles.update(dict.fromkeys(names, own[pattern]))
-    for name in _follow_own_embedding(styles, modules):
-        styles[name] = "replicate"
-    mine = _match(rules or {}, modules)
-    for pattern, names in sorted(mine.items(), key=lambda item: "*" not in item[0]):
-        if not names:
-            raise PlanError(
-                f"rule {pattern!r} matches no module of {type(model).__name__}; `*` stands for "
-                f"one number, names look like {_examples(modules)}"
-            )
-        styles.update(dict.fromkeys(names, (rules or {})[pattern]))
-    return styles
-
-
-def _match(rules: Mapping[str, str], modules: dict[str, nn.Module]) -> dict[str, list[str]]:
-    """Names that each pattern covers: ``*`` is one whole number between dots, the rest literal."""
-    if not isinstance(rules, Mapping):
-        raise PlanError(f"rules must be a dict of pattern to style, got {type(rules).__name__}")
-    params = {
-        f"{name}.{local}"
-        for name, module in modules.items()
-        for local, _ in module.named_parameters(recurse=False)
-    }
-    matched = {}
-    for pattern, style in rules.items():
-        words = [r"\d+" if word == "*" else re.escape(word) for word in pattern.split(".")]
-        regex = re.compile(r"\.".join(words))
-        matched[pattern] = [name for name in modules if regex.fullmatch(name)]
-        hit = next(filter(regex.fullmatch, params), None)
-        if hit is not None:
-            raise PlanError(
-                f"rule {pattern!r}: {style!r} names a parameter ({hit}); only whole modules "
-                f"are cut, with styles {list(SUPPORTED_STYLES)}"
-            )
-    return matched
-
-
-def _follow_own_embedding(styles: dict[str, str], modules: dict[str, nn.Module]) -> list[str]:
-    """Embeddings with a forward of their own stay whole, and so does what is tied to them."""
-    whole = [
-        name
-        for name, style in styles.items()
-        if style in _EMBEDDING_STYLES and isinstance(modules[name], nn.Embedding)
-        if not _is_plain_embedding(modules[name])
-    ]
-    if not whole:
-        return []
-    warnings.warn(
-        f"{whole} stay whole on every rank: {type(modules[whole[0]]).__name__} does more than "
-        "look rows up",
-        stacklevel=4,
-    )
-    weights = {id(modules[name].weight) for name in whole}
-    return [name for name in styles if id(getattr(modules[name], "weight", None)) in weights]
-
-
-def _is_plain_embedding(module: nn.Module) -> bool:
-    return type(module) is nn.Embedding and module.max_norm is None and not module.sparse
-
-
-class _Cutter:
-    """Makes one module's entry: checks the style, finds the unit, cuts."""
+class _Planner:
+    """Collects entries: first pairs from structure, then given styles, then what is left."""
 
     def __init__(
         self,
         model: nn.Module,
-        modules: dict[str, nn.Module],
+        modules: Mapping[str, nn.Module],
+        given: Mapping[str, Given],
         world_size: int,
         ratios: Sequence[float] | None,
     ) -> None:
-        self.model_name = type(model).__name__
+        self.model = model
+        self.name = type(model).__name__
         self.modules = modules
         self.world_size = world_size
         self.ratios = ratios
+        self.leaves = find_leaves(model)
+        self.given = {**self._accessors(), **given}
+        self.entries: dict[str, ShardEntry] = {}
+        self.whole: dict[str, str] = {}
+        self.followed: Followed | None = None
+        self.sources: list[str] = []
 
-    def entry(self, name: str, module: nn.Module, style: str) -> ShardEntry:
-        if style not in SUPPORTED_STYLES:
-            raise PlanError(
-                f"{self.model_name}: style {style!r} of {name} is not supported; supported "
-                f"styles are {list(SUPPORTED_STYLES)}. rules={{{name!r}: 'replicate'}} keeps "
-                "the module whole on every rank"
+    def _accessors(self) -> dict[str, Given]:
+        """Embedding and head, where transformers' accessors name them."""
+        found = {}
+        for getter, kind, style in (
+            ("get_input_embeddings", "embedding", VOCABULARY),
+            ("get_output_embeddings", "linear", COLUMN_GATHER),
+        ):
+            module = _ask(self.model, getter)
+            for name, leaf in self.leaves.items():
+                if leaf.module is module and leaf.kind == kind:
+                    found[name] = Given(style, False)
+        return found
+
+    # -- where the styles come from
+
+    def is_complete(self) -> bool:
+        """Whether given styles say all there is to say: no need to follow the model."""
+        if not all(name in self.given for name in self.leaves):
+            return False
+        own = [n for n, g in self.given.items() if g.style in (COLUMN, ROW) and n in self.leaves]
+        heads = [self._kv_heads(name)[0] for name in own]
+        return all(count is None or count >= self.world_size for count in heads)
+
+    def follow(self, inputs: Sequence[Any] | Tensor | None) -> None:
+        """Cut pairs that the structure shows."""
+        chosen = None if inputs is None else split_inputs(inputs)
+        self.followed = follow(
+            self.model, self.leaves, self._fits, self.world_size, self.ratios, chosen
+        )
+        if self.followed.failure:
+            warnings.warn(
+                f"{self.name} could not be followed ({self.followed.failure}): its modules are cut "
+                "one by one, with a collective each; pass tp.plan(..., inputs=) what its forward "
+                "takes, or rules",
+                stacklevel=4,
             )
-        if isinstance(module, nn.Embedding) and style in _EMBEDDING_STYLES:
-            if not _is_plain_embedding(module):
-                raise PlanError(
-                    f"{name} is a {type(module).__name__}: only a plain nn.Embedding without "
-                    f"max_norm and sparse can be cut; use rules={{{name!r}: 'replicate'}}"
-                )
-            rows = self._cut(module.num_embeddings)
-            return ShardEntry("embedding_rowwise", rows, {"weight": 0}, module.embedding_dim)
-        if type(module) is not nn.Linear or style not in _LINEAR_STYLES:
-            raise PlanError(
-                f"{name} is a {type(module).__name__}, which style {style!r} cannot cut: "
-                "colwise and rowwise take nn.Linear, embedding_rowwise takes nn.Embedding"
-            )
-        dims, gather = _LINEAR_STYLES[style]
-        columns = dims["weight"] == 0
-        size = module.out_features if columns else module.in_features
-        dims = {local: dim for local, dim in dims.items() if getattr(module, local) is not None}
-        features = module.out_features if gather or not columns else 0
-        return ShardEntry(style, self._features(name, size), dims, features, gather)
+            return
+        solution = self.followed.solution
+        for cut in solution.cuts:
+            for name in cut.pair.producers:
+                leaf = self.leaves[name]
+                assert leaf.out_axis is not None
+                style = EMBEDDING_COLUMN if leaf.kind == "embedding" else COLUMN
+                self.entries[name] = self._entry(leaf, style, solution.layout(leaf.out_axis))
+            for name in cut.pair.consumers:
+                leaf = self.leaves[name]
+                assert leaf.in_axis is not None
+                self.entries[name] = self._entry(leaf, ROW, solution.layout(leaf.in_axis))
+
+    def _fits(self, producers: Sequence[str], consumers: Sequence[str]) -> bool:
+        """Whether a pair is what the given styles of its leaves say."""
+        for names, styles in ((producers, (COLUMN, PACKED_COLUMN)), (consumers, (ROW, PACKED_ROW))):
+            for name in names:
+                given = self.given.get(name)
+                if (given is not None and given.style not in styles) or self._is_tied(name):
+                    return False
+        return True
+
+    def _is_tied(self, name: str) -> bool:
+        weight = getattr(self.modules[name], "weight", None)
+        holders = {
+            id(m) for m in self.modules.values() for p in m._parameters.values() if p is weight
+        }
+        return weight is not None and len(holders) > 1
+
+    # -- entries
+
+    def made(self) -> ShardPlan:
+        """The plan."""
+        for name, given in self.given.items():
+            if name in self.leaves:
+                if name not in self.entries:
+                    self._add_given(name, given)
+            elif given.style not in (REPLICATE, SUM_GRADIENT, ALL_REDUCE):
+                self._refuse(name, given)
+        self._add_rest()
+        self._settle_ties()
+        shapes, item_bytes, aliases = {}, {}, {}
+        first_names: dict[int, str] = {}
+        for name, param in self.model.named_parameters(remove_duplicate=False):
+            shapes[name] = tuple(param.shape)
+            item_bytes[name] = param.element_size()
+            first = first_names.setdefault(id(param), name)
+            if first != name:
+                aliases[name] = first
+        order = {name: i for i, name in enumerate(self.modules)}
+        entries = dict(sorted(self.entries.items(), key=lambda item: order[item[0]]))
+        return ShardPlan(
+            self.world_size,
+            self.name,
+            entries,
+            shapes,
+            item_bytes,
+            aliases,
+            partial_gradients=self._partial(),
+            attributes=self.followed.attributes if self.followed else {},
+            translated=self.followed.translated if self.followed else {},
+            summed=tuple(n for n, g in self.given.items() if g.style == ALL_REDUCE),
+            whole=self.whole,
+        )
+
+    def _partial(self) -> tuple[str, ...]:
+        partial = set(self.followed.partial) if self.followed else set()
+        for name, given in self.given.items():
+            if given.style == SUM_GRADIENT:
+                module = self.modules[name]
+                partial.update(f"{name}.{local}" for local, _ in module.named_parameters())
+        return tuple(n for n, _ in self.model.named_parameters() if n in partial)
+
+    def _add_given(self, name: str, given: Given) -> None:
+        leaf, style = self.leaves[name], given.style
+        if style == ROW and leaf.kind == "embedding":
+            style = VOCABULARY
+        if style in (REPLICATE, SUM_GRADIENT, ALL_REDUCE):
+            self.whole[name] = "by rule" if given.is_rule else "by the model's own plan"
+            return
+        if style not in _STYLES_OF[leaf.kind]:
+            self._refuse(name, given)
+        why = self._unfit(name)
+        if why is not None and not given.is_rule:
+            self.whole[name] = why
+            return
+        size = _size(leaf, style)
+        if style in (PACKED_COLUMN, PACKED_ROW):
+            half = self._features(name, size // 2)
+            layout: Partition | ShardLayout = ShardLayout.stacked([half, half])
+            style = COLUMN if style == PACKED_COLUMN else ROW
+        elif style in (COLUMN, ROW):
+            layout = self._features(name, size)
+        else:
+            layout = self._cut(size)
+        self.entries[name] = self._entry(leaf, style, layout)
+
+    def _refuse(self, name: str, given: Given) -> None:
+        raise PlanError(
+            f"{name or self.name} is a {type(self.modules[name]).__name__}, which style "
+            f"{given.style!r} cannot cut: colwise, rowwise and their kin take nn.Linear and Conv1D, "
+            f"embedding_rowwise and embedding_colwise take a plain nn.Embedding; "
+            f"rules={{{name!r}: 'replicate'}} keeps it whole"
+        )
+
+    def _unfit(self, name: str) -> str | None:
+        """Why a leaf can't be cut at all."""
+        trace = self.followed.trace if self.followed else None
+        if trace is not None and name in trace.read_elsewhere:
+            return f"its weight is read past its forward: {trace.read_elsewhere[name]}"
+        return None
+
+    def _add_rest(self) -> None:
+        """Leaves of no pair and no given style: alone, with a collective each, or whole."""
+        rest = [n for n in self.leaves if n not in self.entries and n not in self.whole]
+        partial = self.followed.partial_outputs if self.followed else set()
+        total = sum(elements_of(leaf) for leaf in self.leaves.values())
+        left = _SMALL * total
+        for name in sorted(rest, key=lambda n: elements_of(self.leaves[n])):
+            leaf, size = self.leaves[name], elements_of(self.leaves[name])
+            why = self._unfit(name)
+            if why is not None:
+                self.whole[name] = why
+            elif name in partial and leaf.kind == "embedding":
+                self.whole[name] = "its rows meet what is cut, on every rank another part of it"
+            elif size <= left and name not in partial and leaf.kind != "attention":
+                left -= size
+                self.whole[name] = "too small to be worth a collective"
+            else:
+                self.entries[name] = self._alone(leaf, name in partial)
+
+    def _alone(self, leaf: Leaf, is_partial: bool) -> ShardEntry:
+        note = self.followed.why_alone(leaf) if self.followed and not self.followed.failure else ""
+        if leaf.kind == "attention":
+            return self._attention(leaf)
+        if leaf.kind == "embedding":
+            return replace(self._entry(leaf, VOCABULARY, self._cut(_size(leaf, VOCABULARY))), note=note)
+        is_narrow = _size(leaf, COLUMN) < self.world_size <= _size(leaf, ROW) and not is_partial
+        style = ROW_SPLIT if is_narrow else COLUMN_GATHER
+        entry = self._entry(leaf, style, self._cut(_size(leaf, style)))
+        return replace(entry, note=note, gather_grad="partial" if is_partial else "replicated")
+
+    def _entry(self, leaf: Leaf, style: str, layout: Partition | ShardLayout) -> ShardEntry:
+        dims = {name: 0 for name, p in leaf.module._parameters.items() if p is not None}
+        if leaf.kind == "embedding":
+            dims["weight"] = 1 if style == EMBEDDING_COLUMN else 0
+        elif style in (ROW, ROW_SPLIT):
+            dims = {"weight": 1}
+        if leaf.kind == "conv1d":
+            dims["weight"] = 1 - dims["weight"]  # stored (in, out)
+        if isinstance(layout, ShardLayout) and layout.is_consecutive:
+            layout = layout.local_sizes
+        shards = {name: Shard(dim, layout) for name, dim in dims.items()}
+        ends = (COLUMN_GATHER, ROW, ROW_SPLIT, VOCABULARY)
+        features = _out_size(leaf) if style in ends else 0
+        if style == EMBEDDING_COLUMN and leaf.name in self.given:
+            features = _out_size(leaf)
+        return ShardEntry(style, layout, shards, features)
+
+    def _attention(self, leaf: Leaf) -> ShardEntry:
+        module: Any = leaf.module
+        heads = self._cut(module.num_heads)
+        features = heads.scaled(module.head_dim)
+        three = ShardLayout.stacked([features] * 3)
+        places = {
+            "in_proj_weight": Shard(0, three),
+            "in_proj_bias": Shard(0, three),
+            "q_proj_weight": Shard(0, features),
+            "k_proj_weight": Shard(0, features),
+            "v_proj_weight": Shard(0, features),
+            "bias_k": Shard(2, features),
+            "bias_v": Shard(2, features),
+            "out_proj.weight": Shard(1, features),
+        }
+        held = {name for name, _ in module.named_parameters()}
+        shards = {name: cut for name, cut in places.items() if name in held}
+        return ShardEntry(ATTENTION, heads, shards, module.embed_dim)
+
+    # -- sizes
 
     def _features(self, name: str, size: int) -> Partition:
         """Cut a Linear's split dimension; inside attention on whole key/value groups."""
@@ -332,7 +339,7 @@ class _Cutter:
             )
         if heads < self.world_size:
             raise PlanError(
-                f"{self.model_name}: total number of attention heads must be divisible by tensor "
+                f"{self.name}: total number of attention heads must be divisible by tensor "
                 f"parallel size or cut unevenly by whole key/value groups: {where} has {heads} "
                 f"key/value heads for {self.world_size} ranks; nearest legal sizes are 1 to {heads}"
             )
@@ -366,14 +373,61 @@ class _Cutter:
             return Partition.even(size, self.world_size)
         return Partition.from_ratios(size, self.ratios)
 
+    # -- ties
 
-def _check_ties(made: ShardPlan) -> None:
-    for name, first in made.aliases.items():
-        if made.shard(name) != made.shard(first):
-            raise PlanError(
-                f"{name} and {first} are one tied parameter but would be cut differently; give "
-                "both modules styles that split the same dimension, or 'replicate' for both"
-            )
+    def _settle_ties(self) -> None:
+        """One tied parameter is cut one way: else all its modules stay whole, if nobody minds."""
+        holders: dict[int, list[tuple[str, str]]] = {}
+        for name, module in self.modules.items():
+            for local, param in module._parameters.items():
+                if param is not None:
+                    holders.setdefault(id(param), []).append((name, local))
+        for places in holders.values():
+            cuts = {self._cut_of(*place) for place in places}
+            if len(cuts) < 2:
+                continue
+            rules = [n for n, _ in places if (g := self.given.get(n)) is not None and g.is_rule]
+            if rules:
+                first, other = (f"{n}.{p}" for n, p in places[:2])
+                raise PlanError(
+                    f"{other} and {first} are one tied parameter but would be cut differently; "
+                    "give both modules styles that split the same dimension, or 'replicate' for "
+                    "both"
+                )
+            for name, _ in places:
+                if self.entries.pop(name, None) is not None or name in self.leaves:
+                    others = [n for n, _ in places if n != name]
+                    self.whole[name] = f"tied to {others[0]}, which is whole"
+
+    def _cut_of(self, module: str, local: str) -> tuple[Any, ...] | None:
+        entry = self.entries.get(module)
+        cut = entry.shards.get(local) if entry is not None else None
+        return None if cut is None else (cut.dim, cut.layout())
+
+
+_LINEAR = (COLUMN, COLUMN_GATHER, ROW, ROW_SPLIT, PACKED_COLUMN, PACKED_ROW)
+_STYLES_OF: dict[str, tuple[str, ...]] = {
+    "linear": _LINEAR,
+    "conv1d": _LINEAR,
+    "embedding": (VOCABULARY, EMBEDDING_COLUMN),
+    "attention": (),
+}
+
+
+def _size(leaf: Leaf, style: str) -> int:
+    """The dimension that a style cuts."""
+    if style == VOCABULARY:
+        rows: int = leaf.module.num_embeddings  # type: ignore[assignment]
+        return rows
+    if style in (ROW, ROW_SPLIT, PACKED_ROW):
+        assert leaf.in_axis is not None
+        return leaf.in_axis.size
+    return _out_size(leaf)
+
+
+def _out_size(leaf: Leaf) -> int:
+    assert leaf.out_axis is not None
+    return leaf.out_axis.size
 
 
 def _ask(model: nn.Module, getter: str) -> object:
@@ -386,12 +440,3 @@ def _ask(model: nn.Module, getter: str) -> object:
     except (NotImplementedError, AttributeError):
         return None
     return answer
-
-
-def _examples(modules: dict[str, nn.Module]) -> list[str]:
-    kinds = (nn.Linear, nn.Embedding)
-    return [name for name, module in modules.items() if isinstance(module, kinds)][:3]
-
-
-def _slashes(sizes: Sequence[int]) -> str:
-    return "/".join(map(str, sizes)) if len(set(sizes)) > 1 else str(sizes[0])

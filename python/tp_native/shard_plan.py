@@ -1,0 +1,137 @@
+"""What a plan says: which parameter of which module is cut how. Data only; `plan` makes it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from .partition import Partition, ShardLayout
+
+# What a module does in the cut model.
+COLUMN = "colwise"
+COLUMN_GATHER = "colwise_gather_output"
+ROW = "rowwise"
+ROW_SPLIT = "rowwise_split_input"
+VOCABULARY = "embedding_rowwise"
+EMBEDDING_COLUMN = "embedding_colwise"
+ATTENTION = "attention"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One parameter's cut: ``partition`` along dimension ``dim``."""
+
+    dim: int
+    partition: Partition | ShardLayout
+
+    def layout(self) -> ShardLayout:
+        """The cut as ranges of the whole."""
+        return ShardLayout.of(self.partition)
+
+    def local_size(self, rank: int) -> int:
+        """Elements of the cut dimension on ``rank``."""
+        return self.layout().local_sizes[rank]
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One module's cut: ``style``, and the cut of each of its parameters that is cut.
+
+    ``partition`` is the cut of its features (of the heads for attention), ``features`` the width of
+    the collective that ends its forward, 0 if it has none. ``gather_grad``: whether each rank gets
+    the whole gradient of a gathered output ("replicated") or a summand ("partial"). ``note``: why
+    it is cut so, where there is a choice.
+    """
+
+    style: str
+    partition: Partition | ShardLayout
+    shards: Mapping[str, Shard]
+    features: int = 0
+    gather_grad: str = "replicated"
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """The whole cut of one model for ``world_size`` ranks; made by `plan`.
+
+    ``entries`` is keyed by module name, ``shapes`` holds every parameter's dense shape,
+    ``item_bytes`` its bytes per element, ``aliases`` maps a tied name to its first name.
+    ``partial_gradients`` names parameters that stay whole but get only this rank's share of the
+    gradient (norms inside attention heads). ``attributes``: integers that modules read as sizes,
+    by module and name, with each rank's value. ``translated``: modules whose code has whole sizes
+    written into it and runs with these translated to local ones. ``summed``: modules whose outputs
+    are summed over the ranks. ``whole``: modules with matrices that every rank holds whole, and
+    why.
+    """
+
+    world_size: int
+    model_name: str
+    entries: Mapping[str, ShardEntry]
+    shapes: Mapping[str, tuple[int, ...]]
+    item_bytes: Mapping[str, int]
+    aliases: Mapping[str, str]
+    partial_gradients: tuple[str, ...] = ()
+    attributes: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
+    translated: Mapping[str, str] = field(default_factory=dict)
+    summed: tuple[str, ...] = ()
+    whole: Mapping[str, str] = field(default_factory=dict)
+    source: str = ""
+
+    def shard(self, param_name: str) -> Shard | None:
+        """The cut of a parameter by its dense name; None if every rank holds the whole."""
+        if param_name not in self.shapes:
+            raise ValueError(
+                f"{param_name!r} is not a parameter of {self.model_name}; names look like "
+                f"{next(iter(self.shapes), 'none: it has no parameters')!r}"
+            )
+        module, local = param_name, ""
+        while module:
+            module, _, name = module.rpartition(".")
+            local = f"{name}.{local}" if local else name
+            entry = self.entries.get(module)
+            if entry is not None:
+                return entry.shards.get(local)
+        return None
+
+    def local_shape(self, param_name: str, rank: int) -> tuple[int, ...]:
+        """Shape of what ``rank`` holds of a parameter."""
+        cut = self.shard(param_name)
+        shape = self.shapes[param_name]
+        if cut is None:
+            return shape
+        return (*shape[: cut.dim], cut.local_size(rank), *shape[cut.dim + 1 :])
+
+    def held_bytes(self, param_name: str, rank: int) -> int:
+        """Bytes of a parameter on ``rank``."""
+        return math.prod(self.local_shape(param_name, rank)) * self.item_bytes[param_name]
+
+    def owned(self) -> list[str]:
+        """Names of all parameters, a tied one once."""
+        return [name for name in self.shapes if name not in self.aliases]
+
+    def local_bytes(self, rank: int) -> int:
+        """Bytes of parameters on ``rank``; tied parameters count once."""
+        return sum(self.held_bytes(name, rank) for name in self.owned())
+
+    def whole_bytes(self) -> int:
+        """Bytes of the dense model's parameters; tied parameters count once."""
+        return sum(math.prod(self.shapes[n]) * self.item_bytes[n] for n in self.owned())
+
+    def collectives(self) -> tuple[int, int]:
+        """(collectives in one forward pass, bytes per token that they combine)."""
+        if self.world_size == 1:
+            return 0, 0
+        ending = {name: entry.features for name, entry in self.entries.items() if entry.features}
+        return len(ending), sum(n * self._bytes_of(name) for name, n in ending.items())
+
+    def _bytes_of(self, module: str) -> int:
+        local = next(iter(self.entries[module].shards))
+        return self.item_bytes[f"{module}.{local}" if module else local]
+
+    def explain(self) -> str:
+        """A table: modules folded by layer, shards, bytes per rank, collectives per forward."""
+        from .explain import as_text
+
+        return as_text(self)

@@ -1,0 +1,242 @@
+"""Where the dimensions of activations come from: axes of weights, split, sliced and joined.
+
+An `Axis` is one dimension of a weight, or a part of it. A view splits it into factors (features
+into heads and head width), a slice into segments (``[Q | K | V]``), and an element-wise join of
+two activations says that two axes are cut alike. What needs an axis whole (a norm over it, a
+softmax) mixes it. A dimension of an activation is a list of axes, outermost first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+
+class Axis:
+    """One node of the forest; ask `find` for the axis that stands for all it was joined with.
+
+    ``is_open``: made by broadcasting, so that any part of it is like any other; ``is_spread``:
+    joined with such a one. ``is_opaque``: of an activation, of no weight; such axes are never
+    joined.
+    """
+
+    __slots__ = (
+        "_link",
+        "factors",
+        "is_opaque",
+        "is_open",
+        "is_spread",
+        "meets_whole",
+        "mixed",
+        "segments",
+        "size",
+    )
+
+    def __init__(self, size: int, *, is_open: bool = False, is_opaque: bool = False) -> None:
+        self.size = size
+        self.is_open = is_open
+        self.is_spread = is_open
+        self.is_opaque = is_opaque
+        self.factors: list[Axis] | None = None
+        self.segments: list[Axis] | None = None
+        self.mixed: str | None = None
+        self.meets_whole: str | None = None
+        self._link: Axis | None = None
+
+    def find(self) -> Axis:
+        """The axis that stands for this one."""
+        root = self
+        while root._link is not None:
+            root = root._link
+        here = self
+        while here._link is not None:
+            here._link, here = root, here._link
+        return root
+
+    def __repr__(self) -> str:
+        root = self.find()
+        if root.factors is not None:
+            return "[" + "*".join(map(repr, root.factors)) + "]"
+        if root.segments is not None:
+            return "[" + "|".join(map(repr, root.segments)) + "]"
+        kind = "o" if root.is_opaque else "f" if root.is_open else "a"
+        return f"{kind}{root.size}" + ("!" if root.mixed else "")
+
+
+Dim = list[Axis]
+
+
+def opaque(size: int) -> Dim:
+    """A dimension that no weight has."""
+    return [Axis(size, is_opaque=True)] if size != 1 else []
+
+
+def size_of(dim: Sequence[Axis]) -> int:
+    """Elements of a dimension."""
+    return math.prod(axis.size for axis in dim)
+
+
+def leaves(dim: Sequence[Axis]) -> Dim:
+    """The finest factors known of a dimension, each standing for its joins; no axes of one."""
+    found: Dim = []
+    for axis in dim:
+        root = axis.find()
+        if root.factors is not None:
+            found += leaves(root.factors)
+        elif root.size != 1:
+            found.append(root)
+    return found
+
+
+def parts(axis: Axis) -> Iterator[Axis]:
+    """Every leaf of an axis, through factors and segments."""
+    root = axis.find()
+    inner = root.factors or root.segments
+    if inner is None:
+        yield root
+    else:
+        for child in inner:
+            yield from parts(child)
+
+
+def mix(dim: Sequence[Axis], why: str) -> None:
+    """Note that something needs these axes whole."""
+    for axis in dim:
+        for leaf in parts(axis):
+            if leaf.mixed is None:
+                leaf.mixed = why
+
+
+def meet_whole(dim: Sequence[Axis], why: str) -> None:
+    """Note that these axes are joined with an activation that is never cut."""
+    for axis in dim:
+        for leaf in parts(axis):
+            if leaf.meets_whole is None:
+                leaf.meets_whole = why
+
+
+def _child(axis: Axis, size: int) -> Axis:
+    child = Axis(size, is_open=axis.is_open, is_opaque=axis.is_opaque)
+    child.mixed, child.meets_whole = axis.mixed, axis.meets_whole
+    child.is_spread = axis.is_spread
+    return child
+
+
+def split_factors(axis: Axis, outer: int) -> tuple[Axis, Axis] | None:
+    """Split a leaf into ``outer`` and the rest; None if it can't be."""
+    if axis.segments is not None or outer < 1 or axis.size % outer:
+        return None
+    halves = (_child(axis, outer), _child(axis, axis.size // outer))
+    if not axis.is_opaque:
+        axis.factors = list(halves)
+    return halves
+
+
+def segment(axis: Axis, start: int, stop: int) -> Axis | None:
+    """The axis of ``[start:stop]`` of a leaf, split into segments there; None if it can't be."""
+    axis = axis.find()
+    if (start, stop) == (0, axis.size):
+        return axis
+    if axis.is_opaque or not 0 <= start < stop <= axis.size or axis.factors is not None:
+        return None
+    if axis.segments is None:
+        bounds = sorted({0, start, stop, axis.size})
+        axis.segments = [_child(axis, b - a) for a, b in zip(bounds, bounds[1:], strict=False)]
+    at = 0
+    for i, child in enumerate(axis.segments):
+        end = at + child.size
+        if at <= start and stop <= end:
+            if (start, stop) == (at, end):
+                return child.find()
+            root = child.find()
+            if root.factors is None and root.segments is None and child is root:
+                bounds = sorted({at, start, stop, end})
+                fresh = [_child(root, b - a) for a, b in zip(bounds, bounds[1:], strict=False)]
+                child.segments = list(fresh)  # for those who hold the coarser axis
+                axis.segments[i : i + 1] = fresh
+                return fresh[bounds.index(start)]
+            return segment(root, start - at, stop - at)
+        at = end
+    return None
+
+
+def join(a: Sequence[Axis], b: Sequence[Axis], why: str) -> bool:
+    """Note that two dimensions of one size are cut alike; mixes both if no cut suits both."""
+    left, right = leaves(a), leaves(b)
+    while left and right:
+        x, y = left[0], right[0]
+        if x is y:
+            left.pop(0)
+            right.pop(0)
+            continue
+        if x.size != y.size:
+            big, small, queue = (x, y, left) if x.size > y.size else (y, x, right)
+            halves = split_factors(big, small.size)
+            if halves is None:
+                mix([*left, *right], why)
+                return False
+            queue[0:1] = halves
+            continue
+        left.pop(0)
+        right.pop(0)
+        if not _link(x, y, why):
+            return False
+    return True
+
+
+def _link(x: Axis, y: Axis, why: str) -> bool:
+    if x.is_opaque or y.is_opaque:
+        if not (x.is_opaque and y.is_opaque):
+            meet_whole([x, y], why)
+        return True
+    if x.segments is not None and y.segments is not None:
+        good = _join_segments(x, y, why)
+    else:
+        good = True
+    if x.segments is None and y.segments is not None:
+        x, y = y, x
+    y._link = x
+    x.is_open = x.is_open and y.is_open
+    x.is_spread |= y.is_spread
+    if y.mixed is not None:
+        mix([x], y.mixed)
+    if y.meets_whole is not None:
+        meet_whole([x], y.meets_whole)
+    return good
+
+
+def _join_segments(x: Axis, y: Axis, why: str) -> bool:
+    assert x.segments is not None and y.segments is not None
+    if [s.size for s in x.segments] != [s.size for s in y.segments]:
+        mix([x, y], why)
+        return False
+    return all([join([a], [b], why) for a, b in zip(x.segments, y.segments, strict=True)])
+
+
+def regroup(dims: Sequence[Dim], sizes: Sequence[int]) -> list[Dim] | None:
+    """Dimensions of a view with ``sizes``, in row-major order; None if an axis can't be split so.
+
+    What can't be told apart is mixed.
+    """
+    queue = [leaf for dim in dims for leaf in leaves(dim)]
+    out: list[Dim] = []
+    for size in sizes:
+        dim: Dim = []
+        left = size
+        while left != 1:
+            if not queue:
+                return None
+            head = queue.pop(0)
+            if left % head.size == 0:
+                dim.append(head)
+                left //= head.size
+                continue
+            halves = split_factors(head, left) if head.size % left == 0 else None
+            if halves is None:
+                mix([head, *queue, *dim], "a view that cuts across it")
+                return None
+            dim.append(halves[0])
+            queue.insert(0, halves[1])
+            left = 1
+        out.append(dim)
+    return out

@@ -1,0 +1,137 @@
+"""Follow a model, choose the pairs to cut, and make sure that its own code runs on the pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from .axes import parts
+from .inputs import Inputs, guesses
+from .replay import Attributes, fit
+from .solve import Pair, Solution, cut_pair, find_pairs, gradients
+from .trace import Event, Leaf, Trace, trace
+
+Fits = Callable[[Sequence[str], Sequence[str]], bool]
+
+
+@dataclass
+class Followed:
+    """What following a model gave: cuts, and what its modules need besides.
+
+    ``failure``: why it could not be followed at all; then nothing else is known.
+    """
+
+    trace: Trace
+    solution: Solution
+    attributes: Attributes = field(default_factory=dict)
+    partial: set[str] = field(default_factory=set)
+    partial_outputs: set[str] = field(default_factory=set)
+    translated: dict[str, str] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)  # leaf -> why its pair was given up
+    failure: str = ""
+
+    def why_alone(self, leaf: Leaf) -> str:
+        """Why a leaf is in no pair."""
+        if leaf.name in self.dropped:
+            return self.dropped[leaf.name]
+        if leaf.name not in self.trace.reached:
+            return "the forward pass that was followed does not reach it"
+        if leaf.out_axis is None:
+            return ""
+        return next((part.mixed for part in parts(leaf.out_axis) if part.mixed), "")
+
+
+def follow(
+    model: nn.Module,
+    found: dict[str, Leaf],
+    fits: Fits,
+    ranks: int,
+    ratios: Sequence[float] | None,
+    inputs: Inputs | None,
+) -> Followed:
+    """Trace ``model`` (on guessed inputs unless given) and cut what can be cut in pairs.
+
+    ``fits(producers, consumers)`` says whether a pair is wanted. A pair is given up where the
+    model's code can't run on its pieces or its gradients would be wrong.
+    """
+    seen, used, failure = _trace(model, inputs)
+    if seen is None or used is None:
+        return Followed(Trace(found), Solution(ranks), failure=failure)
+    for name, leaf in found.items():  # the planner's own leaves get the axes that were traced
+        leaf.in_axis, leaf.out_axis = seen.leaves[name].in_axis, seen.leaves[name].out_axis
+    result = Followed(seen, Solution(ranks))
+    pairs = find_pairs(seen, lambda pair: fits(pair.producers, pair.consumers))
+    while True:
+        cuts = [cut_pair(pair, ranks, ratios) for pair in pairs]
+        result.solution = Solution(ranks, cuts)
+        bad = _overlapping(result, pairs)
+        if not bad:
+            found_gradients = gradients(seen, result.solution)
+            if found_gradients.conflict is not None:
+                event, why = found_gradients.conflict
+                bad = {id(p): f"{why} ({_place(event)})" for p in _blame(result, pairs, event)}
+        if not bad:
+            fitted = fit(model, seen, result.solution, *used)
+            if fitted.departure is None:
+                result.attributes = fitted.attributes
+                result.partial = found_gradients.partial
+                result.partial_outputs = found_gradients.partial_outputs
+                return result
+            blamed = _blame(result, pairs, fitted.departure.event)
+            bad = {id(pair): f"its code has whole sizes: {fitted.departure}" for pair in blamed}
+        for pair in pairs:
+            if id(pair) in bad:
+                result.dropped.update(dict.fromkeys(pair.members, bad[id(pair)]))
+        pairs = [pair for pair in pairs if id(pair) not in bad]
+
+
+def _trace(model: nn.Module, inputs: Inputs | None) -> tuple[Trace | None, Inputs | None, str]:
+    failure = ""
+    for args, kwargs in [inputs] if inputs is not None else guesses(model):
+        try:
+            return trace(model, args, kwargs), (args, kwargs), ""
+        except Exception as error:
+            failure = failure or f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return None, None, failure or "no inputs to try"
+
+
+def _overlapping(result: Followed, pairs: Sequence[Pair]) -> dict[int, str]:
+    """Pairs whose sums would count something twice."""
+    bad = {}
+    for pair in pairs:
+        for name in pair.consumers:
+            axis = result.trace.leaves[name].in_axis
+            assert axis is not None
+            if result.solution.layout(axis).is_replicated:
+                bad[id(pair)] = f"{name} would sum a part that several ranks hold"
+    return bad
+
+
+def _blame(result: Followed, pairs: Sequence[Pair], event: Event | None) -> list[Pair]:
+    """The pairs that an event has to do with: those of its axes, else those nearest to it."""
+    if event is None:
+        return list(pairs)
+    axes = [
+        part
+        for value in [*event.ins, *event.outs]
+        for dim in value.dims or ()
+        for axis in dim
+        for part in parts(axis)
+    ]
+    involved = {id(cut.pair) for axis in axes if (cut := result.solution.cut_of(axis)) is not None}
+    if event.leaf is not None:
+        involved |= {id(pair) for pair in pairs if event.leaf in pair.members}
+    name = event.module
+    while not involved:
+        prefix = f"{name}." if name else ""
+        involved = {id(p) for p in pairs if any(m.startswith(prefix) for m in p.members)}
+        if not name:
+            break
+        name = name.rpartition(".")[0]
+    return [pair for pair in pairs if id(pair) in involved] or list(pairs)
+
+
+def _place(event: Event) -> str:
+    return f"{event.name} in {event.module or 'the model'}"

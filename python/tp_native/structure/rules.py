@@ -1,0 +1,642 @@
+"""What torch's functions do to the axes of their inputs; one rule for each kind of function.
+
+A rule takes the call's arguments and gives the axes of every output. It raises `NotFollowed` where
+it can't tell, and the caller then mixes whatever went in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .axes import Axis, Dim, join, leaves, meet_whole, mix, opaque, regroup, segment, size_of
+
+
+class NotFollowed(Exception):
+    """The rules can't tell which axes come out of a call."""
+
+
+class Lookup(Protocol):
+    """What a rule may ask about a tensor."""
+
+    def is_followed(self, tensor: Tensor) -> bool: ...
+    def is_constant(self, tensor: Tensor) -> bool: ...
+    def dims(self, tensor: Tensor) -> list[Dim]: ...
+
+
+Args = tuple[Any, ...]
+Kwargs = Mapping[str, Any]
+Rule = Callable[[Lookup, Args, Kwargs, Sequence[Tensor]], list[list[Dim]]]
+
+_RULES: dict[str, Rule] = {}
+
+# Makers of tensors that hold one number everywhere.
+CONSTANT = frozenset(
+    {"zeros", "ones", "full", "empty", "zeros_like", "ones_like", "full_like", "empty_like"}
+    | {"new_zeros", "new_ones", "new_full", "new_empty"}
+)
+_DUNDERS = {
+    "truediv": "div",
+    "rtruediv": "div",
+    "idiv": "div",
+    "itruediv": "div",
+    "rdiv": "div",
+    "floordiv": "floor_divide",
+    "mod": "remainder",
+    "and": "bitwise_and",
+    "or": "bitwise_or",
+    "xor": "bitwise_xor",
+    "invert": "bitwise_not",
+    "rmatmul": "matmul",
+}
+# Element-wise, though torch does not tag them so.
+_ALSO_POINTWISE = frozenset(
+    "to float double half bfloat16 type type_as contiguous clone detach dropout alpha_dropout "
+    "requires_grad_ masked_fill where fill zero bool int long cpu cuda softsign silu relu gelu "
+    "copy hardtanh alias lift_fresh zeros_like ones_like full_like empty_like rand_like "
+    "randn_like nan_to_num feature_dropout positive clip".split()
+)
+KEEPS_CONSTANT = frozenset(
+    "to float double half bfloat16 type type_as contiguous clone detach view reshape expand "
+    "unsqueeze squeeze __getitem__ transpose permute mul add sub div neg __mul__ __add__".split()
+)
+
+
+def name_of(func: Callable[..., Any]) -> str:
+    """A function's name; a property's for its getter."""
+    name: str = getattr(func, "__name__", type(func).__name__)
+    if name == "__get__":
+        name = getattr(getattr(func, "__self__", None), "__name__", name)
+    return name
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested containers and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors(item)
+    elif isinstance(value, Mapping):
+        yield from tensors(list(value.values()))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from tensors([getattr(value, f.name, None) for f in dataclasses.fields(value)])
+
+
+def constants(value: Any) -> Iterator[Any]:
+    """Numbers, names and dtypes among the arguments."""
+    if isinstance(value, (bool, int, float, str, torch.dtype)):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from constants(item)
+    elif isinstance(value, Mapping):
+        for key in value:
+            yield from constants(value[key])
+
+
+def follow(
+    name: str, lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]
+) -> list[list[Dim] | None]:
+    """The axes of each output of ``name``.
+
+    Raises: NotFollowed.
+    """
+    base = _base(name)
+    rule = _RULES.get(base)
+    if rule is None:
+        if not _is_pointwise(base):
+            raise NotFollowed("not known")
+        rule = _pointwise
+    return list(rule(lookup, args, kwargs, outs))
+
+
+def _base(name: str) -> str:
+    if name in ("__getitem__", "T", "mT", "H"):
+        return name
+    if name.startswith("__") and name.endswith("__"):
+        inner = name[2:-2]
+        if inner in _DUNDERS:
+            return _DUNDERS[inner]
+        for stem in (inner, inner[1:]):
+            if stem in _RULES or _is_pointwise(stem):
+                return _DUNDERS.get(stem, stem)
+            if stem in _DUNDERS:
+                return _DUNDERS[stem]
+        return inner
+    if name.startswith("_") and not name.startswith("__"):
+        return name
+    return name[:-1] if name.endswith("_") and name != "requires_grad_" else name
+
+
+@functools.cache
+def _is_pointwise(base: str) -> bool:
+    if base in _ALSO_POINTWISE:
+        return True
+    packet = getattr(torch.ops.aten, base, None)
+    if packet is None or not hasattr(packet, "overloads"):
+        return False
+    return any(
+        torch.Tag.pointwise in getattr(packet, overload).tags for overload in packet.overloads()
+    )
+
+
+def _rule(*names: str) -> Callable[[Rule], Rule]:
+    def add(rule: Rule) -> Rule:
+        _RULES.update(dict.fromkeys(names, rule))
+        return rule
+
+    return add
+
+
+def _arg(args: Args, kwargs: Kwargs, at: int, *names: str, default: Any = None) -> Any:
+    if at < len(args):
+        return args[at]
+    return next((kwargs[name] for name in names if name in kwargs), default)
+
+
+def _first(args: Args, kwargs: Kwargs) -> Tensor:
+    given = next(tensors((args, kwargs)), None)
+    if given is None:
+        raise NotFollowed("no tensor")
+    return given
+
+
+def _blank(tensor: Tensor) -> list[Dim]:
+    return [opaque(size) for size in tensor.shape]
+
+
+# -- joins
+
+
+def broadcast(
+    lookup: Lookup, operands: Sequence[tuple[Tensor, Sequence[Dim]]], sizes: Sequence[int]
+) -> list[Dim]:
+    """Join operands' dimensions, aligned on the right, as broadcasting does."""
+    out: list[Dim] = []
+    for place in range(1, len(sizes) + 1):
+        here: Dim | None = None
+        plain = False
+        for tensor, dims in operands:
+            if place > len(dims):
+                continue
+            dim = dims[-place]
+            if size_of(dim) == 1 and sizes[-place] != 1:
+                continue
+            if not lookup.is_followed(tensor):
+                plain |= not lookup.is_constant(tensor)
+            elif here is None:
+                here = dim
+            else:
+                join(here, dim, "a join of axes that can't be cut alike")
+                if all(axis.find().is_opaque or axis.find().is_open for axis in leaves(here)):
+                    here = dim
+        if here is None:
+            here = opaque(sizes[-place])
+        elif plain and sizes[-place] != 1:
+            tracked = [axis for axis in leaves(here) if not axis.is_opaque]
+            meet_whole(tracked, "an activation that every rank has whole")
+        out.append(here)
+    return out[::-1]
+
+
+def _pointwise(
+    lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]
+) -> list[list[Dim]]:
+    given = list(tensors((args, kwargs)))
+    operands = [(t, lookup.dims(t)) for t in given]
+    for out in outs:
+        if any(t.dim() > out.dim() for t in given):
+            raise NotFollowed("not element-wise")
+    return [broadcast(lookup, operands, out.shape) for out in outs]
+
+
+@_rule("to", "type", "type_as", "float", "double", "half", "bfloat16", "detach", "clone", "copy")
+def _same(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
+    first = _first(args, kwargs)
+    if first.shape != outs[0].shape or not lookup.is_followed(first):
+        return _pointwise(lookup, args, kwargs, outs)
+    return [lookup.dims(first)]
+
+
+# -- views
+
+
+@_rule(
+    "view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "contiguous", "view_as",
+    "reshape_as", "ravel", "_unsafe_view", "atleast_2d", "atleast_3d",
+)  # fmt: skip
+def _view(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
+    source = _first(args, kwargs)
+    if source.numel() != outs[0].numel():
+        raise NotFollowed("another dtype")
+    if not lookup.is_followed(source):
+        return [_blank(outs[0])]
+    return [regroup(lookup.dims(source), outs[0].shape) or _blank(outs[0])]
+
+
+def _permuted(dims: list[Dim], order: Sequence[int]) -> list[list[Dim]]:
+    return [[dims[i] for i in order]]
+
+
+@_rule("transpose", "swapaxes", "swapdims")
+def _transpose(
+    lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]
+) -> list[list[Dim]]:
+    dims = lookup.dims(_first(args, kwargs))
+    order = list(range(len(dims)))
+    a = _arg(args, kwargs, 1, "dim0", "axis0")
+    b = _arg(args, kwargs, 2, "dim1", "axis1")
+    order[a], order[b] = order[b], order[a]
+    return _permuted(dims, order)
+
+
+@_rule("permute")
+def _permute(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
+    order = kwargs.get("dims", args[1:])
+    order = order[0] if len(order) == 1 and isinstance(order[0], (tuple, list)) else order
+    return _permuted(lookup.dims(_first(args, kwargs)), order)
+
+
+@_rule("movedim", "moveaxis")
+def _movedim(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
+    dims = lookup.dims(_first(args, kwargs))
+    source = _arg(args, kwargs, 1, "source")
+    target = _arg(args, kwargs, 2, "destination")
+    if not isinstance(source, int) or not isinstance(target, int):
+        raise NotFollowed("several dimensions")
+    rest = list(range(len(dims)))
+    moved = rest.pop(source)
+    rest.insert(target % len(dims), moved)
+    return _permuted(dims, rest)
+
+
+@_rule("T", "mT", "t")
+def _t(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
+    dims = lookup.dims(_first(args, kwargs))
+    return [[*dims[:-2], *dims[:-3:-1]]] if len(dims) > 1 else [dims]
+
+
+@_rule("expand", "expand_as", "broadcast_to")
+def _expand(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
+    dims = lookup.dims(_first(args, kwargs))
+    out: list[Dim] = []
+    for place in range(1, outs[0].dim() + 1):
+        size = outs[0].size(-place)
+        if place > len(dims) or (size_of(dims[-place]) == 1 and size != 1):
+            out.append([Axis(size, is_open=True)] if size != 1 else [])
+        else:
+            out.append(dims[-place])
+    return [out[::-1]]
+
+
+@_rule("repeat", "tile")
+def _repeat(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
+    dims = lookup.dims(_first(args, kwargs))
+    out = []
+    for place in range(1, outs[0].dim() + 1):
+        dim = dims[-place] if place <= len(dims) else []
+        times = outs[0].size(-place) // max(size_of(dim), 1)
+        out.append([Axis(times, is_open=True), *dim] if times != 1 else dim)
+    return [out[::-1]]
+
+
+@_rule("repeat_interleave")
+def _interleave(
+    lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]
+) -> list[list[Dim]]:
+    times, at = _arg(args, kwargs, 1, "repeats"), _arg(args, kwargs, 2, "dim")
+    if not isinstance(times, int) or not isinstance(at, int):
+        raise NotFollowed("uneven repeats")
+    dims = lookup.dims(_first(args, kwargs))
+    dims[at] = [*dims[at], Axis(times, is_open=True)]
+    return [dims]
+
+
+# -- slices
+
+
+def _sliced(dim: Dim, start: int, stop: int) -> Dim:
+    size = size_of(dim)
+    if (start, stop) == (0, size):
+        return dim
+    found = leaves(dim)
+    if all(axis.is_opaque for axis in found):
+        return opaque(stop - start)
+    if len(found) == 1 and stop > start:
+        part = segment(found[0], start, stop)
+        if part is not None:
+            return [part]
+    mix(dim, f"a slice {start}:{stop} of {size}")
+    return opaque(stop - start)
+
+
+@_rule("split", "chunk", "tensor_split", "split_with_sizes", "unsafe_chunk", "unsafe_split")
+def _split(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
+    dims = lookup.dims(_first(args, kwargs))
+    at = _arg(args, kwargs, 2, "dim", default=0) % len(dims)
+    made, start = [], 0
+    for out in outs:
+        stop = start + out.size(at)
+        made.append([*dims[:at], _sliced(dims[at], start, stop), *dims[at + 1 :]])
+        start = stop
+    return made
+
+
+@_rule("narrow")
+def _narrow(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
+    dims = lookup.dims(_first(args, kwargs))
+    at, start = _arg(args, kwargs, 1, "dim"), _arg(args, kwargs, 2, "start")
+    if not isinstance(start, int):
+        raise NotFollowed("a start that is a tensor")
+    start %= max(size_of(dims[at]), 1)
+    dims[at] = _sliced(dims[at], start, start + outs[0].size(at))
+    return [dims]
+
+
+@_rule("select")
+def _select(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
+    dims = lookup.dims(_first(args, kwargs))
+    at = _arg(args, kwargs, 1, "dim") % len(dims)
+    mix(dims[at], "an index into it")
+    return [[*dims[:at], *dims[at + 1 :]]]
+
+
+@_rule("unbind")
+def _unbind(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
+    dims = lookup.dims(_first(args, kwargs))
+    at = _arg(args, kwargs, 1, "dim", default=0) % len(dims)
+    mix(dims[at], "an index into it")
+    return [[*dims[:at], *dims[at + 1 :]] for _ in outs]
+
+
+@_rule("index_select")
+def _index_select(
+    lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]
+) -> list[list[Dim]]:
+    dims = lookup.dims(_first(args, kwargs))
+    at = _arg(args, kwargs, 1, "dim")
+    mix(dims[at], "an index into it")
+    dims[at] = opaque(outs[0].size(at))
+    return [dims]
+
+
+@_rule("__getitem__")
+def _getitem(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
+    source, index = args[0], args[1]
+    if not lookup.is_followed(source):
+        return [_blank(outs[0])]
+    items = list(index) if isinstance(index, tuple) else [index]
+    takes = sum(1 for item in items if item is not None and item is not Ellipsis)
+    if any(isinstance(item, (Tensor, list)) and _as_range(item) is None for item in items):
+        return _advanced(lookup, source, items, outs[0])
+    if Ellipsis not in [item if item is Ellipsis else None for item in items]:
+        items.append(Ellipsis)
+    dims, out, at = lookup.dims(source), [], 0
+    for item in items:
+        if item is None:
+            out.append([])
+        elif item is Ellipsis:
+            rest = len(dims) - takes
+            out += dims[at : at + rest]
+            at += rest
+        else:
+            if isinstance(item, int):
+                mix(dims[at], "an index into it")
+            else:
+                out.append(_range(dims[at], item))
+            at += 1
+    if [size_of(dim) for dim in out] != list(outs[0].shape):
+        raise NotFollowed("an index that is not understood")
+    return [out]
+
+
+def _range(dim: Dim, item: Any) -> Dim:
+    size = size_of(dim)
+    if isinstance(item, list):
+        start, stop = _as_range(item) or (0, 0)
+        start, stop = start % size, (stop - 1) % size + 1
+        return _sliced(dim, start, stop)
+    if not isinstance(item, slice):
+        raise NotFollowed("an index that is not understood")
+    start, stop, step = item.indices(size)
+    if step != 1:
+        mix(dim, "a slice with steps")
+        return opaque(len(range(start, stop, step)))
+    return _sliced(dim, start, max(start, stop))
+
+
+def _as_range(item: Any) -> tuple[int, int] | None:
+    if not isinstance(item, list) or not item or not all(type(i) is int for i in item):
+        return None
+    first = item[0]
+    return (first, first + len(item)) if item == list(range(first, first + len(item))) else None
+
+
+def _advanced(lookup: Lookup, source: Tensor, items: list[Any], out: Tensor) -> list[list[Dim]]:
+    """One index tensor among full slices: that dimension alone is taken apart."""
+    special = [i for i, item in enumerate(items) if isinstance(item, (Tensor, list))]
+    plain = all(item == slice(None) for i, item in enumerate(items) if i not in special)
+    if len(special) != 1 or not plain or not isinstance(items[special[0]], Tensor):
+        raise NotFollowed("several index tensors")
+    dims, at, index = lookup.dims(source), special[0], items[special[0]]
+    if index.dtype == torch.bool:
+        raise NotFollowed("a mask as index")
+    mix(dims[at], "an index into it")
+    return [[*dims[:at], *(opaque(n) for n in index.shape), *dims[at + 1 :]]]
+
+
+@_rule("cat", "concat", "concatenate")
+def _cat(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
+    given = [t for t in _arg(args, kwargs, 0, "tensors") if t.dim() == outs[0].dim()]
+    at = _arg(args, kwargs, 1, "dim", "axis", default=0) % outs[0].dim()
+    for tensor in given:
+        mix(lookup.dims(tensor)[at], "a concatenation along it")
+    sizes = list(outs[0].shape)
+    sizes[at] = 1
+    operands = []
+    for tensor in given:
+        dims = lookup.dims(tensor)
+        dims[at] = []
+        operands.append((tensor, dims))
+    out = broadcast(lookup, operands, sizes)
+    out[at] = opaque(outs[0].size(at))
+    return [out]
+
+
+@_rule("stack")
+def _stack(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
+    given = _arg(args, kwargs, 0, "tensors")
+    at = _arg(args, kwargs, 1, "dim", default=0) % outs[0].dim()
+    out = broadcast(lookup, [(t, lookup.dims(t)) for t in given], given[0].shape)
+    return [[*out[:at], opaque(len(given)), *out[at:]]]
+
+
+@_rule("pad")
+def _pad(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
+    source = _first(args, kwargs)
+    dims = lookup.dims(source)
+    for at, (before, after) in enumerate(zip(source.shape, outs[0].shape, strict=True)):
+        if before != after:
+            mix(dims[at], "padding along it")
+            dims[at] = opaque(after)
+    return [dims]
+
+
+# -- products
+
+
+@_rule("matmul", "bmm", "mm")
+def _matmul(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
+    a = _arg(args, kwargs, 0, "input", "self")
+    b = _arg(args, kwargs, 1, "other", "mat2")
+    return [_product(lookup, a, b, outs[0])]
+
+
+def _product(lookup: Lookup, a: Tensor, b: Tensor, out: Tensor) -> list[Dim]:
+    if a.dim() < 2 or b.dim() < 2:
+        raise NotFollowed("a vector")
+    left, right = lookup.dims(a), lookup.dims(b)
+    mix([*left[-1], *right[-2]], "a product that sums over it")
+    batch = broadcast(lookup, [(a, left[:-2]), (b, right[:-2])], out.shape[:-2])
+    return [*batch, left[-2], right[-1]]
+
+
+@_rule("baddbmm", "addmm", "addbmm")
+def _addmm(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
+    c, a, b = args[:3] if len(args) >= 3 else (_ for _ in tensors((args, kwargs)))
+    product = _product(lookup, a, b, outs[0])
+    return [broadcast(lookup, [(a, product), (c, lookup.dims(c))], outs[0].shape)]
+
+
+@_rule("linear")
+def _linear(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
+    x, weight = _arg(args, kwargs, 0, "input"), _arg(args, kwargs, 1, "weight")
+    dims, rows = lookup.dims(x), lookup.dims(weight)
+    mix([*dims[-1], *rows[-1]], "a product that sums over it")
+    return [[*dims[:-1], rows[0]]]
+
+
+@_rule("einsum")
+def _einsum(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
+    equation = args[0]
+    if not isinstance(equation, str) or "." in equation or "->" not in equation:
+        raise NotFollowed("an equation with dots")
+    given, result = equation.replace(" ", "").split("->")
+    operands = list(tensors(args[1:]))
+    held: dict[str, list[tuple[Tensor, Dim]]] = {}
+    for term, tensor in zip(given.split(","), operands, strict=True):
+        for letter, dim in zip(term, lookup.dims(tensor), strict=True):
+            held.setdefault(letter, []).append((tensor, dim))
+    joined: dict[str, Dim] = {}
+    for letter, places in held.items():
+        size = max(size_of(dim) for _, dim in places)
+        (joined[letter],) = broadcast(lookup, [(t, [dim]) for t, dim in places], [size])
+        if letter not in result:
+            for _, dim in places:
+                mix(dim, "a product that sums over it")
+    return [[joined[letter] for letter in result]]
+
+
+@_rule("scaled_dot_product_attention")
+def _attention(
+    lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]
+) -> list[list[Dim]]:
+    names = (("query",), ("key",), ("value",), ("attn_mask",))
+    q, k, v, mask = (_arg(args, kwargs, i, *which) for i, which in enumerate(names))
+    dq, dk, dv = (lookup.dims(t) for t in (q, k, v))
+    mix([*dq[-1], *dk[-1]], "a product that sums over it")
+    mix([*dk[-2], *dv[-2]], "a product that sums over it")
+    heads = q.size(-3) if q.dim() > 3 else 1
+    for tensor, dims in ((k, dk), (v, dv)):
+        if q.dim() > 3 and tensor.size(-3) not in (1, heads):
+            dims[-3] = [*dims[-3], Axis(heads // tensor.size(-3), is_open=True)]
+    batch = broadcast(
+        lookup, [(q, dq[:-2]), (k, dk[:-2]), (v, dv[:-2])], [*outs[0].shape[:-2]]
+    )
+    if isinstance(mask, Tensor) and mask.dim() > 2:
+        sizes = outs[0].shape[:-2]
+        broadcast(lookup, [(q, batch), (mask, lookup.dims(mask)[:-2])], sizes)
+    return [[*batch, dq[-2], dv[-1]]]
+
+
+# -- along one dimension
+
+
+def _places(given: Any, rank: int) -> list[int]:
+    if given is None:
+        return list(range(rank))
+    listed = [given] if isinstance(given, int) else list(given)
+    return [place % rank for place in listed]
+
+
+@_rule("softmax", "log_softmax", "cumsum", "cumprod", "flip", "roll", "normalize", "softmin")
+def _along(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
+    source = _first(args, kwargs)
+    dims = lookup.dims(source)
+    at = kwargs.get("dim", kwargs.get("dims", args[-1] if len(args) > 1 else None))
+    if len(args) > 1 and "dim" not in kwargs and "dims" not in kwargs:
+        at = args[1]
+        if not isinstance(at, (int, tuple, list)) or len(args) > 2:
+            at = None
+    for place in _places(at, len(dims)):
+        mix(dims[place], "a function along it")
+    return [dims]
+
+
+@_rule(
+    "sum", "mean", "amax", "amin", "var", "std", "logsumexp", "max", "min", "argmax", "argmin",
+    "prod", "any", "all", "norm", "linalg_vector_norm", "vector_norm", "nanmean", "nansum", "median",
+    "var_mean", "std_mean", "count_nonzero", "topk", "sort", "argsort", "kthvalue",
+)  # fmt: skip
+def _reduce(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
+    given = list(tensors((args, kwargs)))
+    if len(given) == 2 and all(out.shape == given[0].shape for out in outs):
+        return _pointwise(lookup, args, kwargs, outs)  # max(a, b)
+    dims = lookup.dims(given[0])
+    at = kwargs.get("dim", kwargs.get("axis"))
+    if at is None and len(args) > 1:
+        at = next((a for a in args[1:] if isinstance(a, (int, tuple, list)) and a is not True), None)
+    places = _places(at, len(dims))
+    if len(given) != 1 or (at is not None and any(p >= len(dims) for p in places)):
+        raise NotFollowed("arguments that are not understood")
+    kept = [[] if i in places else dim for i, dim in enumerate(dims)]
+    gone = [dim for i, dim in enumerate(dims) if i not in places]
+    labels = []
+    for out in outs:
+        shape = list(out.shape)
+        if shape == [size_of(d) for d in gone]:
+            labels.append(gone)
+        elif [n for i, n in enumerate(shape) if i not in places] == [size_of(d) for d in gone]:
+            labels.append([d if i not in places else opaque(shape[i]) for i, d in enumerate(kept)])
+        else:
+            raise NotFollowed("a shape that is not understood")
+    for place in places:
+        mix(dims[place], "a sum over it")
+    return labels
+
+
+@_rule("layer_norm", "rms_norm")
+def _norm(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
+    dims = lookup.dims(_first(args, kwargs))
+    shape = _arg(args, kwargs, 1, "normalized_shape")
+    for dim in dims[len(dims) - len(shape) :]:
+        mix(dim, "a norm over it")
+    return [dims]
+
+
+@_rule("glu")
+def _glu(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
+    dims = lookup.dims(_first(args, kwargs))
+    at = _arg(args, kwargs, 1, "dim", default=-1)
+    half = math.prod([outs[0].size(at)])
+    first, second = _sliced(dims[at], 0, half), _sliced(dims[at], half, 2 * half)
+    join(first, second, "the halves of a gated unit")
+    dims[at] = first
+    return [dims]

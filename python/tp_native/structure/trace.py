@@ -1,0 +1,463 @@
+"""One forward pass of a dense model, followed function by function: which axis of which weight each
+dimension of each activation is.
+
+Runs on fake tensors: no weight is read and nothing is computed. A function that the rules in
+`rules` don't know mixes whatever goes into it, so what is not understood is never cut.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+from . import rules
+from .axes import Axis, Dim, join, leaves, mix, opaque
+
+# Metadata getters: reading a weight's dtype is not using the weight.
+_METADATA = frozenset(
+    {
+        "dtype", "device", "shape", "ndim", "requires_grad", "is_leaf", "grad_fn", "layout",
+        "is_meta", "is_cuda", "is_cpu", "is_sparse", "is_nested", "is_quantized", "names", "is_mps",
+        "is_xpu", "is_mkldnn", "grad", "itemsize", "nbytes", "is_mtia", "is_ipu", "is_xla",
+        "is_vulkan", "is_maia", "is_sparse_csr", "output_nr", "_version", "retains_grad",
+        "size", "dim", "numel", "nelement", "element_size", "stride", "is_contiguous",
+        "is_floating_point", "is_complex", "get_device", "data_ptr", "storage_offset",
+        "__len__", "ndimension", "type", "is_same_size", "untyped_storage", "is_inference",
+        "__hash__", "is_signed", "is_pinned", "is_shared",
+    }
+)  # fmt: skip
+
+
+@dataclass(eq=False)
+class Value:
+    """One activation: its dimensions' axes (None: of no weight) and whether gradients reach it."""
+
+    shape: tuple[int, ...]
+    dims: list[Dim] | None
+    is_differentiable: bool
+    parameter: str | None = None
+    is_input: bool = False
+    is_constant: bool = False  # one number everywhere: any part is like any other
+
+
+@dataclass(eq=False)
+class Event:
+    """One call: a function's, or a leaf module's (``leaf`` names it)."""
+
+    name: str
+    module: str
+    ins: list[Value]
+    outs: list[Value]
+    constants: tuple[Any, ...]
+    leaf: str | None = None
+
+
+@dataclass(eq=False)
+class Leaf:
+    """One Linear, Conv1D or Embedding: the axes of its weight."""
+
+    name: str
+    kind: str  # "linear", "conv1d", "embedding", "attention"
+    module: nn.Module
+    in_axis: Axis | None = None
+    out_axis: Axis | None = None
+
+
+@dataclass
+class Trace:
+    """What one forward pass showed."""
+
+    leaves: dict[str, Leaf]
+    events: list[Event] = field(default_factory=list)
+    reached: set[str] = field(default_factory=set)
+    read_elsewhere: dict[str, str] = field(default_factory=dict)  # leaf -> where
+    outputs: list[Value] = field(default_factory=list)
+
+
+def leaf_kind(module: nn.Module) -> str | None:
+    """What a module is to the planner; None for one that is no leaf."""
+    forward = type(module).forward
+    if isinstance(module, nn.MultiheadAttention):
+        return "attention" if forward is nn.MultiheadAttention.forward else None
+    if isinstance(module, nn.Linear):
+        return "linear" if forward is nn.Linear.forward or _is_affine(module) else None
+    if isinstance(module, nn.Embedding):
+        plain = forward is nn.Embedding.forward and module.max_norm is None
+        return "embedding" if plain and not (module.sparse or module.scale_grad_by_freq) else None
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx"):
+        return "conv1d"
+    return None
+
+
+def _is_affine(module: nn.Linear) -> bool:
+    """Whether a Linear with a forward of its own computes what nn.Linear does, tried on numbers."""
+    twin = copy.copy(module)
+    twin.__dict__ = {**module.__dict__, "_forward_hooks": {}, "_forward_pre_hooks": {}}
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    weight = nn.Parameter(drawn(3, 2), requires_grad=False)
+    bias = nn.Parameter(drawn(3), requires_grad=False) if module.bias is not None else None
+    twin.__dict__["_parameters"] = {"weight": weight, "bias": bias}
+    if set(module._parameters) != {"weight", "bias"} or module._buffers or module._modules:
+        return False
+    x = drawn(2, 4, 2)
+    try:
+        with torch.no_grad():
+            y = type(module).forward(twin, x)
+    except Exception:
+        return False
+    return isinstance(y, Tensor) and torch.allclose(y, nn.functional.linear(x, weight, bias))
+
+
+def find_leaves(model: nn.Module) -> dict[str, Leaf]:
+    """The leaves of a model by their first names; those inside a leaf are part of it."""
+    found: dict[str, Leaf] = {}
+    inside: set[int] = set()
+    for name, module in model.named_modules():
+        kind = leaf_kind(module)
+        if kind is None or id(module) in inside:
+            continue
+        inside.update(id(child) for child in module.modules())
+        leaf = Leaf(name, kind, module)
+        if kind == "linear":
+            leaf.in_axis, leaf.out_axis = Axis(module.in_features), Axis(module.out_features)  # type: ignore[arg-type]
+        elif kind == "conv1d":
+            leaf.in_axis, leaf.out_axis = Axis(module.nx), Axis(module.nf)  # type: ignore[arg-type]
+        elif kind == "embedding":
+            leaf.out_axis = Axis(module.embedding_dim)  # type: ignore[arg-type]
+        found[name] = leaf
+    return found
+
+
+class Tracer(TorchFunctionMode):
+    """Follows functions while a model runs; `trace` is the way in."""
+
+    def __init__(self, model: nn.Module, found: dict[str, Leaf]) -> None:
+        super().__init__()
+        self.model = model
+        self.trace = Trace(found)
+        self.values: dict[int, Value] = {}
+        self.alive: list[Any] = []  # ids are told apart only while their tensors live
+        self.stack: list[str] = []
+        self.leaf_parameters: dict[int, str] = {}
+        self.paused = 0
+
+    # -- values
+
+    def value_of(self, tensor: Tensor) -> Value:
+        """What is known of a tensor; one not seen before is a constant or a buffer."""
+        known = self.values.get(id(tensor))
+        if known is None:
+            known = self._remember(tensor, None, False)
+        return known
+
+    def _remember(self, tensor: Tensor, dims: list[Dim] | None, differentiable: bool) -> Value:
+        value = Value(tuple(tensor.shape), dims, differentiable and tensor.is_floating_point())
+        self.values[id(tensor)] = value
+        self.alive.append(tensor)
+        return value
+
+    def add_parameter(self, name: str, tensor: Tensor, leaf: str | None) -> None:
+        """A parameter of the model; ``leaf``: the leaf module that it belongs to."""
+        self._remember(tensor, None, True).parameter = name
+        if leaf is not None:
+            self.leaf_parameters[id(tensor)] = leaf
+
+    def add_input(self, tensor: Tensor) -> None:
+        """A tensor that the caller gives."""
+        self._remember(tensor, None, tensor.is_floating_point()).is_input = True
+
+    # -- functions
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.paused:
+            return func(*args, **kwargs)
+        name = rules.name_of(func)
+        if name in _METADATA:
+            return func(*args, **kwargs)
+        return self.call(func, name, args, kwargs)
+
+    def call(
+        self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run one function and note what comes out."""
+        given = list(rules.tensors((args, kwargs)))
+        for tensor in given:
+            owner = self.leaf_parameters.get(id(tensor))
+            if owner is not None:
+                self.trace.read_elsewhere.setdefault(owner, self._place(name))
+        ins = [self.value_of(tensor) for tensor in given]
+        result = func(*args, **kwargs)
+        outs = list(rules.tensors(result))
+        if not outs:
+            return result
+        labels = self._labels(name, args, kwargs, ins, result, outs)
+        differentiable = any(value.is_differentiable for value in ins) and name != "detach"
+        made = []
+        for tensor, dims in zip(outs, labels, strict=True):
+            known = self.values.get(id(tensor))
+            if known is not None and any(tensor is t for t in given):  # in place, or a no-op
+                known.dims = dims if known.parameter is None else known.dims
+                known.is_differentiable |= differentiable and tensor.is_floating_point()
+                made.append(known)
+            else:
+                made.append(self._remember(tensor, dims, differentiable))
+        constant = name in rules.CONSTANT or (
+            name in rules.KEEPS_CONSTANT and bool(ins) and all(v.is_constant for v in ins)
+        )
+        for value in made:
+            value.is_constant = constant
+        constants = tuple(rules.constants((args, kwargs)))
+        self.trace.events.append(Event(name, self._module(), ins, made, constants))
+        return result
+
+    def _labels(
+        self,
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        ins: list[Value],
+        result: Any,
+        outs: list[Tensor],
+    ) -> list[list[Dim] | None]:
+        if all(value.dims is None for value in ins):
+            return [None] * len(outs)
+        lookup = _Lookup(self)
+        try:
+            labels = rules.follow(name, lookup, args, kwargs, outs)
+        except rules.NotFollowed as reason:
+            why = f"{self._place(name)}{f': {reason}' if str(reason) else ''}"
+            for value in ins:
+                for dim in value.dims or ():
+                    mix(dim, why)
+            return [None] * len(outs)
+        return labels
+
+    def _module(self) -> str:
+        return self.stack[-1] if self.stack else ""
+
+    def _place(self, name: str) -> str:
+        return f"{name} in {self._module() or type(self.model).__name__}"
+
+    # -- leaf modules
+
+    def call_leaf(self, leaf: Leaf, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A leaf's own forward, as one event."""
+        ins = [self.value_of(tensor) for tensor in rules.tensors((args, kwargs))]
+        with self._pause():
+            result = forward(*args, **kwargs)
+        self.trace.reached.add(leaf.name)
+        outs = list(rules.tensors(result))
+        if leaf.kind == "attention" or not ins:
+            for value in ins:
+                for dim in value.dims or ():
+                    mix(dim, f"{leaf.name} takes it whole")
+            made = [self._remember(t, None, True) for t in outs]
+        else:
+            made = [self._remember(outs[0], self._through(leaf, ins[0], outs[0]), True)]
+        self.trace.events.append(Event("leaf", leaf.name, ins, made, (), leaf.name))
+        return result
+
+    def _through(self, leaf: Leaf, x: Value, out: Tensor) -> list[Dim]:
+        assert leaf.out_axis is not None
+        if leaf.in_axis is None:
+            return [*(opaque(size) for size in out.shape[:-1]), [leaf.out_axis]]
+        if x.dims is None:
+            # what comes from no weight is whole on every rank
+            return [*(opaque(size) for size in out.shape[:-1]), [leaf.out_axis]]
+        join(x.dims[-1], [leaf.in_axis], f"the input of {leaf.name}")
+        return [*x.dims[:-1], [leaf.out_axis]]
+
+    @contextlib.contextmanager
+    def _pause(self) -> Iterator[None]:
+        self.paused += 1
+        try:
+            yield
+        finally:
+            self.paused -= 1
+
+
+class _Lookup:
+    """The rules' view of the tracer: axes of a tensor, opaque ones where it has none."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        self._tracer = tracer
+
+    def is_followed(self, tensor: Tensor) -> bool:
+        """Whether some dimension of it is known to be a weight's."""
+        return self._tracer.value_of(tensor).dims is not None
+
+    def is_constant(self, tensor: Tensor) -> bool:
+        """Whether it holds one number everywhere."""
+        return self._tracer.value_of(tensor).is_constant
+
+    def dims(self, tensor: Tensor) -> list[Dim]:
+        """Its dimensions' axes."""
+        dims = self._tracer.value_of(tensor).dims
+        return [opaque(size) for size in tensor.shape] if dims is None else list(dims)
+
+
+@contextlib.contextmanager
+def fake_weights(model: nn.Module, mode: FakeTensorMode) -> Iterator[dict[str, Tensor]]:
+    """Stand-ins for parameters and buffers while the block runs; yields the parameters'."""
+    made: dict[int, Tensor] = {}
+    names: dict[str, Tensor] = {}
+    undo: list[tuple[dict[str, Any], str, Any]] = []
+    try:
+        for path, module in model.named_modules():
+            for table in (module._parameters, module._buffers):
+                for name, tensor in list(table.items()):
+                    if tensor is None:
+                        continue
+                    fake = made.get(id(tensor))
+                    if fake is None:
+                        fake = made[id(tensor)] = _stand_in(tensor, mode)
+                    undo.append((table, name, tensor))
+                    table[name] = fake
+                    if isinstance(tensor, nn.Parameter):
+                        names[f"{path}.{name}".lstrip(".")] = fake
+        yield names
+    finally:
+        for table, name, tensor in undo:
+            table[name] = tensor
+
+
+def _stand_in(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+    with mode:
+        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+        if isinstance(tensor, nn.Parameter):
+            return nn.Parameter(fake, requires_grad=tensor.is_floating_point())
+    return fake
+
+
+@contextlib.contextmanager
+def leaf_forwards(
+    found: Mapping[str, Leaf], call: Callable[[Leaf, Callable[..., Any], Any, Any], Any]
+) -> Iterator[None]:
+    """Send every leaf's forward through ``call`` while the block runs."""
+
+    def hooked(leaf: Leaf) -> Callable[..., Any]:
+        forward = leaf.module.forward
+        return lambda *args, **kwargs: call(leaf, forward, args, kwargs)
+
+    replaced: list[nn.Module] = []
+    try:
+        for leaf in found.values():
+            if "forward" in leaf.module.__dict__:
+                continue
+            leaf.module.__dict__["forward"] = hooked(leaf)
+            replaced.append(leaf.module)
+        yield
+    finally:
+        for module in replaced:
+            del module.__dict__["forward"]
+
+
+@contextlib.contextmanager
+def module_stack(model: nn.Module, stack: list[str]) -> Iterator[None]:
+    """Keep the names of the modules that are running in ``stack`` while the block runs."""
+    handles = []
+    for name, module in model.named_modules():
+
+        def enter(module: nn.Module, args: Any, name: str = name) -> None:
+            stack.append(name)
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            stack.pop()
+
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(leave, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode while the block runs."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        for module in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def run_fake(
+    model: nn.Module,
+    mode: FakeTensorMode,
+    tracer: Tracer,
+    found: Mapping[str, Leaf],
+    call_leaf: Callable[[Leaf, Callable[..., Any], Any, Any], Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """The model's forward on fake tensors, every function and leaf through ``tracer``."""
+    owners = {id(p): leaf.name for leaf in found.values() for p in leaf.module.parameters()}
+    dense = dict(model.named_parameters(remove_duplicate=False))
+    with (
+        fake_weights(model, mode) as fakes,
+        leaf_forwards(found, call_leaf),
+        module_stack(model, tracer.stack),
+        eval_mode(model),
+        torch.enable_grad(),
+        mode,
+    ):
+        for name, fake in fakes.items():
+            if id(fake) not in tracer.values:
+                tracer.add_parameter(name, fake, owners.get(id(dense[name])))
+        given = _fake_inputs((tuple(args), dict(kwargs)), mode)
+        for tensor in rules.tensors(given):
+            tracer.add_input(tensor)
+        with tracer:
+            return model(*given[0], **given[1])
+
+
+def _fake_inputs(given: Any, mode: FakeTensorMode) -> Any:
+    if isinstance(given, Tensor):
+        with mode:
+            return torch.empty(given.shape, dtype=given.dtype, device="cpu")
+    if isinstance(given, dict):
+        return {key: _fake_inputs(item, mode) for key, item in given.items()}
+    if isinstance(given, (tuple, list)):
+        return type(given)(_fake_inputs(item, mode) for item in given)
+    return given
+
+
+def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Trace:
+    """Follow one forward pass of ``model``; its weights are neither read nor changed.
+
+    Raises: whatever the model raises on these inputs.
+    """
+    found = find_leaves(model)
+    tracer = Tracer(model, found)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    output = run_fake(model, mode, tracer, found, tracer.call_leaf, args, kwargs)
+    for tensor in rules.tensors(output):
+        value = tracer.value_of(tensor)
+        tracer.trace.outputs.append(value)
+        for dim in value.dims or ():
+            mix(leaves(dim), "the model's output")
+    return tracer.trace
