@@ -1,5 +1,5 @@
-"""Linear layers and transformers' Conv1D in every layout: ranges that are stacked, in another
-order, on several ranks or on none, against the dense layer in float64.
+"""Linear layers, transformers' Conv1D and column-cut embeddings in every layout: ranges that are
+stacked, in another order, on several ranks or on none, against the dense layer in float64.
 """
 
 from __future__ import annotations
@@ -190,8 +190,41 @@ def test_every_layout_is_the_dense_layer(fn: Any, kind: str, world_size: int) ->
     run_ranks(fn, world_size, kind)
 
 
+def embedding_in_layouts(group: Group) -> None:
+    ids = [torch.tensor([[0, 4, 3], [3, 1, 4]]), torch.tensor(2), torch.empty(0, 2).int()]
+    for padding_idx in (None, 3, -1):
+        dense = filled(nn.Embedding(5, WIDTH, padding_idx, dtype=F64))
+        for name, cut in layouts(group.size).items():
+            layout = ShardLayout.of(cut)
+            for given in ids:
+                for gather in (False, True):
+                    layer = tp.ColumnParallelEmbedding.from_embedding(
+                        dense, group=group, partition=cut, gather_output=gather
+                    )
+                    before = group.stats()["collectives"]
+                    y, ref_y = layer(given), dense(given)
+                    took = group.stats()["collectives"] - before
+                    assert took == (1 if gather and group.size > 1 else 0)
+                    parts = [
+                        rank_data((*given.shape, size), F64, rank, seed=5)
+                        for rank, size in enumerate(layout.local_sizes)
+                    ]
+                    own = ref_y if gather else take(ref_y, -1, layout.ranges[group.rank])
+                    assert torch.equal(y, own)
+                    cotangent = data(*ref_y.shape) if gather else placed(parts, layout)
+                    ref_y.backward(cotangent)
+                    y.backward(cotangent if gather else parts[group.rank])
+                    checks_gradients(layer, dense, (padding_idx, name, gather))
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_column_embedding_is_the_dense_one(world_size: int) -> None:
+    run_ranks(embedding_in_layouts, world_size)
+
+
 def state_keeps_dense_shapes(group: Group) -> None:
     dense = nn.ModuleDict({"up": Conv1D(WIDTH, 7), "down": Conv1D(7, WIDTH)})
+    bias = nn.Embedding(5, WIDTH)
     torch.manual_seed(2)
     drawn = Conv1D(WIDTH, 7)
     torch.manual_seed(2)
@@ -202,9 +235,10 @@ def state_keeps_dense_shapes(group: Group) -> None:
         {
             "up": ours,
             "down": tp.RowParallelConv1D(WIDTH, 7, group=group),
+            "bias": tp.ColumnParallelEmbedding(5, WIDTH, group=group),
         }
     )
-    full = dense.state_dict()
+    full = {**dense.state_dict(), "bias.weight": bias.weight.detach()}
     sharded.load_state_dict(full)
     found = tp.full_state_dict(sharded)
     assert list(found) == list(full)
@@ -260,6 +294,9 @@ def refuses(group: Group) -> None:
         tp.RowParallelConv1D.from_linear(nn.Linear(4, 6), group=group)
     with pytest.raises(TypeError, match=r"got a Conv1D, expected an nn\.Linear"):
         tp.RowParallelLinear.from_linear(Conv1D(4, 6), group=group)
+    with pytest.raises(ValueError, match="has no max_norm"):
+        table = nn.Embedding(4, 6, max_norm=1.0)
+        tp.ColumnParallelEmbedding.from_embedding(table, group=group)
     with pytest.raises(ValueError, match="is 5, expected the whole in_features, 6"):
         tp.RowParallelLinear(6, 4, group=group, input_is_parallel=False)(torch.ones(2, 5))
 

@@ -27,6 +27,7 @@ from .group import Group, current_group, init_tensor_parallel
 from .guards import Guard, guard
 from .nn import (
     ColumnParallelConv1D,
+    ColumnParallelEmbedding,
     ColumnParallelLinear,
     KVCache,
     ParallelAttention,
@@ -62,6 +63,7 @@ __all__ = [
     "CollectiveMismatchError",
     "CollectiveTimeoutError",
     "ColumnParallelConv1D",
+    "ColumnParallelEmbedding",
     "ColumnParallelLinear",
     "DistributedCheckpointLoader",
     "DistributedModelWrapper",

@@ -4,7 +4,7 @@ from .attention import KVCache, ParallelAttention
 from .block import TensorParallelTransformerBlock
 from .conv1d import ColumnParallelConv1D, RowParallelConv1D, is_conv1d
 from .dropout import ParallelDropout
-from .embedding import VocabParallelEmbedding
+from .embedding import ColumnParallelEmbedding, VocabParallelEmbedding
 from .gradients import deferred_gradients, summed
 from .head import ParallelLMHead
 from .linear import ColumnParallelLinear, RowParallelLinear, matrix_of
@@ -16,6 +16,7 @@ from .sharded import ShardedModule, ShardMark, full_of, mark_of, put_mark
 
 __all__ = [
     "ColumnParallelConv1D",
+    "ColumnParallelEmbedding",
     "ColumnParallelLinear",
     "KVCache",
     "LoRAModule",
