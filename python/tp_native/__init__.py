@@ -26,6 +26,8 @@ from .generate import generate
 from .group import Group, current_group, init_tensor_parallel
 from .guards import Guard, guard
 from .nn import (
+    ColumnParallelConv1D,
+    ColumnParallelEmbedding,
     ColumnParallelLinear,
     KVCache,
     ParallelAttention,
@@ -34,6 +36,7 @@ from .nn import (
     ParallelLMHead,
     ParallelMLP,
     ParallelRMSNorm,
+    RowParallelConv1D,
     RowParallelLinear,
     TensorParallelTransformerBlock,
     VocabParallelEmbedding,
@@ -59,6 +62,8 @@ __all__ = [
     "CheckpointSaver",
     "CollectiveMismatchError",
     "CollectiveTimeoutError",
+    "ColumnParallelConv1D",
+    "ColumnParallelEmbedding",
     "ColumnParallelLinear",
     "DistributedCheckpointLoader",
     "DistributedModelWrapper",
@@ -76,6 +81,7 @@ __all__ = [
     "Partition",
     "PeerLostError",
     "PlanError",
+    "RowParallelConv1D",
     "RowParallelLinear",
     "ShardLayout",
     "ShardPlan",

@@ -223,6 +223,18 @@ class ShardLayout:
         """Whether an element is held by more than one rank."""
         return self.local_sizes.size > self.size
 
+    @property
+    def dense_order(self) -> tuple[tuple[int, int], ...]:
+        """Ranges of all shards, one after another, that in this order are the whole; the lowest
+        rank's of what several hold.
+        """
+        first: dict[tuple[int, int], int] = {}
+        at = 0
+        for start, stop in (place for held in self.ranges for place in held):
+            first.setdefault((start, stop), at)
+            at += stop - start
+        return joined([(first[a, b], first[a, b] + b - a) for a, b in sorted(first)])
+
     def owned(self, rank: int) -> list[tuple[int, int]]:
         """Ranges of the rank's shard, in the shard's own indices, that no lower rank holds."""
         lower = {r for held in self.ranges[:rank] for r in held}
@@ -247,6 +259,18 @@ class ShardLayout:
             self.size * factor,
             tuple(tuple((a * factor, b * factor) for a, b in held) for held in self.ranges),
         )
+
+
+def joined(ranges: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """The ranges without empty ones, neighbours that continue each other as one."""
+    found: list[tuple[int, int]] = []
+    for start, stop in ranges:
+        if start == stop:
+            continue
+        if found and found[-1][1] == start:
+            start = found.pop()[0]
+        found.append((start, stop))
+    return tuple(found)
 
 
 def cut_heads(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import _ops
 from .agreement import agreed, all_gather_bytes
 from .group import Group, GroupLike, current_group
-from .nn import ColumnParallelLinear, RowParallelLinear
+from .nn import ColumnParallelLinear, RowParallelLinear, matrix_of
 
 _FUSED = ("relu", "gelu_tanh")  # activations that run in a product's epilogue
 
@@ -31,6 +31,7 @@ class LinearProblem:
     alignments: tuple[int, ...]  # of the weight and of that bias, in bytes
     allows_tf32: bool
     gpu: str
+    is_transposed: bool = False  # the weight lies (in_features, out_features)
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class _Operands:
 
     def arguments(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, str, list[int]]:
         """What the ops take; data drawn anew, because all problems' would not fit."""
-        weight = self.layer.weight.detach()
+        weight = matrix_of(self.layer).detach()
         bias = self.layer.bias.detach() if self.layer.bias is not None else None
         generator = torch.Generator(weight.device).manual_seed(0)  # torch's own is left alone
 
@@ -135,7 +136,7 @@ class _Operands:
 
     def problem(self, rank: int) -> LinearProblem:
         """What the ranks compare."""
-        weight, bias = self.layer.weight, self.layer.bias
+        weight, bias = matrix_of(self.layer), self.layer.bias
         uses_bias = bias is not None and (self.kind != "row" or rank == 0)
         operands = [weight, bias] if bias is not None and uses_bias else [weight]
         return LinearProblem(
@@ -149,6 +150,7 @@ class _Operands:
             alignments=tuple(_alignment(t) for t in operands),
             allows_tf32=torch.backends.cuda.matmul.allow_tf32,
             gpu=_gpu_name(weight.device),
+            is_transposed=weight is not self.layer.weight,
         )
 
 

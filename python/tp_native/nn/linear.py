@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from .. import _ops
-from ..collectives import all_gather_tensor, copy_to_ranks
+from ..collectives import copy_to_ranks
 from ..group import GroupLike
-from ..partition import Partition, ShardLayout
+from ..partition import Partition, ShardLayout, joined
 from .gradients import summed_over_replicas
-from .sharded import ShardedModule
+from .sharded import ShardedModule, check_gather_grad, take
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -34,6 +34,20 @@ class _ParallelLinear(ShardedModule):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    _out_dim, _in_dim = 0, 1  # of the weight
+
+    @classmethod
+    def _widths(cls, dense: nn.Module) -> tuple[int, int]:
+        """``in_features`` and ``out_features`` of a dense layer."""
+        if not isinstance(dense, nn.Linear):
+            raise TypeError(
+                f"{cls.__name__}.from_linear got a {type(dense).__name__}, expected an nn.Linear"
+            )
+        return dense.in_features, dense.out_features
+
+    def _matrix(self, weight: Tensor) -> Tensor:
+        """The weight as ``(out_features, in_features)``, which is how the ops take it."""
+        return weight if self._out_dim == 0 else weight.t()
 
     def _make_parameters(
         self,
@@ -42,6 +56,7 @@ class _ParallelLinear(ShardedModule):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
+        shape = shape if self._out_dim == 0 else shape[::-1]
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         if bias_size is None:
             self.register_parameter("bias", None)
@@ -50,24 +65,27 @@ class _ParallelLinear(ShardedModule):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw as ``nn.Linear`` draws the whole layer and keep this rank's part.
+        """Draw as the dense layer is drawn and keep this rank's part.
 
         With equally seeded ranks the whole is the dense layer's, whatever the number of ranks.
         """
         if self.weight.is_meta:
             return
         generator = self.group.init_generator(self.weight.device)
-        shape = (self.out_features, self.in_features)
         with torch.no_grad():
-            full = self.weight.new_empty(shape)
-            nn.init.kaiming_uniform_(full, a=math.sqrt(5), generator=generator)
-            self.weight.copy_(self._local("weight", full))
+            self.weight.copy_(self._local("weight", self._drawn_weight(generator)))
             if self.bias is not None:
-                bound = 1 / math.sqrt(self.in_features) if self.in_features > 0 else 0
-                full_bias = self.bias.new_empty(self.out_features).uniform_(
-                    -bound, bound, generator=generator
-                )
-                self.bias.copy_(self._local("bias", full_bias))
+                self.bias.copy_(self._local("bias", self._drawn_bias(self.bias, generator)))
+
+    def _drawn_weight(self, generator: torch.Generator | None) -> Tensor:
+        """The dense weight."""
+        full = self.weight.new_empty(self.out_features, self.in_features)
+        return nn.init.kaiming_uniform_(full, a=math.sqrt(5), generator=generator)
+
+    def _drawn_bias(self, local: Tensor, generator: torch.Generator | None) -> Tensor:
+        """The dense bias, of the kind of ``local``."""
+        bound = 1 / math.sqrt(self.in_features) if self.in_features > 0 else 0
+        return local.new_empty(self.out_features).uniform_(-bound, bound, generator=generator)
 
     in_features: int
     out_features: int
@@ -81,9 +99,11 @@ class ColumnParallelLinear(_ParallelLinear):
     reduce-scatter.
 
     Shapes: input ``(..., in_features)``, the same on all ranks; output ``(...,
-    local_out_features)``, or ``(..., out_features)`` with ``gather_output``. With ``skip_bias_add``
-    returns ``(y, bias)``, the bias not added. ``partition`` may be a `ShardLayout`: rows in several
-    ranges (stacked layers), or held by several ranks, whose gradients are summed.
+    local_out_features)``, or ``(..., out_features)`` with ``gather_output``. ``gather_grad``: what
+    each rank has of that output's gradient, "replicated" all of it, "partial" a summand (backward:
+    one reduce-scatter more). With ``skip_bias_add`` returns ``(y, bias)``, the bias not added.
+    ``partition`` may be a `ShardLayout`: rows in several ranges (stacked layers), or held by
+    several ranks, whose gradients are summed.
     Cost per rank: ``2 M N K / P`` FLOP forward.
     Raises: ValueError if ``partition`` does not add up to ``out_features`` or the input is not
     ``in_features`` wide.
@@ -99,6 +119,7 @@ class ColumnParallelLinear(_ParallelLinear):
         *,
         group: GroupLike | None = None,
         gather_output: bool = False,
+        gather_grad: str = "replicated",
         skip_bias_add: bool = False,
         sequence_parallel: bool = False,
         activation: str | None = None,
@@ -117,18 +138,14 @@ class ColumnParallelLinear(_ParallelLinear):
                 "skip_bias_add=True leaves the bias to the caller: it excludes gather_output and "
                 "activation, which need it"
             )
-        if gather_output and not self.layout.is_consecutive:
-            raise ValueError(
-                "gather_output=True puts the ranks' outputs one after another, which is not the "
-                "whole's order in this layout; take the local output, or a Partition"
-            )
+        check_gather_grad(gather_grad)
         self.in_features, self.out_features = in_features, out_features
         self.local_out_features = self.partition[self.group.rank]
-        self.gather_output = gather_output
+        self.gather_output, self.gather_grad = gather_output, gather_grad
         self.skip_bias_add = skip_bias_add
         self.sequence_parallel, self.sequence_dim = sequence_parallel, sequence_dim
         self.activation = activation
-        self.shard_dims = {"weight": 0, "bias": 0} if bias else {"weight": 0}
+        self.shard_dims = {"weight": self._out_dim, **({"bias": 0} if bias else {})}
         self._make_parameters(
             (self.local_out_features, in_features),
             self.local_out_features if bias else None,
@@ -139,24 +156,25 @@ class ColumnParallelLinear(_ParallelLinear):
     @classmethod
     def from_linear(
         cls,
-        linear: nn.Linear,
+        linear: nn.Module,
         *,
         group: GroupLike | None = None,
         gather_output: bool = False,
+        gather_grad: str = "replicated",
         activation: str | None = None,
-        partition: Partition | None = None,
+        partition: Partition | ShardLayout | None = None,
     ) -> Self:
         """This rank's part of a dense layer."""
         layer = cls(
-            linear.in_features,
-            linear.out_features,
+            *cls._widths(linear),
             linear.bias is not None,
             group=group,
             gather_output=gather_output,
+            gather_grad=gather_grad,
             activation=activation,
             partition=partition,
             device="meta",
-            dtype=linear.weight.dtype,
+            dtype=linear.get_parameter("weight").dtype,
         )
         return layer.filled_from(linear)
 
@@ -169,19 +187,21 @@ class ColumnParallelLinear(_ParallelLinear):
         numbers differ.
         """
         if self.group.size == 1:
-            y = self._product(x, self.weight, None if self.skip_bias_add else self.bias)
-            y = self._activated(y)
+            weight = self._matrix(self.weight)
+            y = self._activated(self._product(x, weight, None if self.skip_bias_add else self.bias))
+            if self.gather_output:
+                y = self._gathered(y, self.gather_grad)
             return (y, self.bias) if self.skip_bias_add else y
         weight, own_bias = self.weight, self.bias
         if self.layout.is_replicated:
             weight, own_bias = (self._summed(name) for name in ("weight", "bias"))  # type: ignore[assignment]
-        bias = None if self.skip_bias_add else own_bias
+        weight, bias = self._matrix(weight), None if self.skip_bias_add else own_bias
         if self.sequence_parallel:
             y = self._of_tokens(x, weight, bias, sequence_partition)
         else:
             y = self._of_replicated(x, weight, bias)
         if self.gather_output:
-            y = all_gather_tensor(y, -1, self.group, partition=self.partition)
+            y = self._gathered(y, self.gather_grad)
         return (y, own_bias) if self.skip_bias_add else y
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -240,9 +260,10 @@ class RowParallelLinear(_ParallelLinear):
     whole.
 
     Shapes: input ``(..., local_in_features)``, or ``(..., in_features)`` with
-    ``input_is_parallel=False``; output ``(..., out_features)``, bitwise equal on every rank. With
-    ``skip_bias_add`` returns ``(y, bias)``, the bias not added. With ``reduce_results=False`` ``y``
-    is this rank's summand.
+    ``input_is_parallel=False``, of which it takes its part; output ``(..., out_features)``, bitwise
+    equal on every rank. With ``skip_bias_add`` returns ``(y, bias)``, the bias not added. With
+    ``reduce_results=False`` ``y`` is this rank's summand. ``partition`` may be a `ShardLayout`:
+    columns in several ranges, each held by one rank.
     Cost per rank: ``2 M N K / P`` FLOP and one all-reduce of ``M N`` elements.
     Raises: ValueError if ``partition`` does not add up to ``in_features``, or a bias would be added
     to summands.
@@ -272,10 +293,9 @@ class RowParallelLinear(_ParallelLinear):
                 "RowParallelLinear with sequence_parallel=True scatters the sum, bias included: it "
                 "needs input_is_parallel=True, reduce_results=True and skip_bias_add=False"
             )
-        if self.layout.is_replicated or not (input_is_parallel or self.layout.is_consecutive):
+        if self.layout.is_replicated:
             raise ValueError(
-                "RowParallelLinear sums over the ranks: no two may hold the same input features, "
-                "and input_is_parallel=False takes a Partition"
+                "RowParallelLinear sums over the ranks: no two may hold the same input features"
             )
         if bias and not reduce_results and not skip_bias_add:
             raise ValueError(
@@ -289,7 +309,8 @@ class RowParallelLinear(_ParallelLinear):
         self.reduce_results = reduce_results
         self.sequence_parallel, self.sequence_dim = sequence_parallel, sequence_dim
         self.skip_bias_add = skip_bias_add
-        self.shard_dims = {"weight": 1}
+        self._input_ranges = joined(self.layout.ranges[self.group.rank])
+        self.shard_dims = {"weight": self._in_dim}
         self._make_parameters(
             (out_features, self.local_in_features), out_features if bias else None, device, dtype
         )
@@ -297,22 +318,21 @@ class RowParallelLinear(_ParallelLinear):
     @classmethod
     def from_linear(
         cls,
-        linear: nn.Linear,
+        linear: nn.Module,
         *,
         group: GroupLike | None = None,
         input_is_parallel: bool = True,
-        partition: Partition | None = None,
+        partition: Partition | ShardLayout | None = None,
     ) -> Self:
         """This rank's part of a dense layer."""
         layer = cls(
-            linear.in_features,
-            linear.out_features,
+            *cls._widths(linear),
             linear.bias is not None,
             group=group,
             input_is_parallel=input_is_parallel,
             partition=partition,
             device="meta",
-            dtype=linear.weight.dtype,
+            dtype=linear.get_parameter("weight").dtype,
         )
         return layer.filled_from(linear)
 
@@ -321,11 +341,11 @@ class RowParallelLinear(_ParallelLinear):
     ) -> Tensor | tuple[Tensor, Tensor | None]:
         """Multiply this rank's slice and sum over the ranks."""
         bias = None if self.skip_bias_add else self.bias
+        if not self.input_is_parallel:
+            x = self._local_input(x)
         if self.group.size == 1:
             y = self._product(x, bias)
             return (y, self.bias) if self.skip_bias_add else y
-        if not self.input_is_parallel:
-            x = self._local_input(x)
         if self.sequence_parallel:
             return self._scattered(x, sequence_partition)
         y = self._reduced(x, bias) if self.reduce_results else self._product(x, None)
@@ -333,11 +353,11 @@ class RowParallelLinear(_ParallelLinear):
 
     def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """This rank's summand; a ``bias`` is in it."""
-        return F.linear(x, self.weight, bias)
+        return F.linear(x, self._matrix(self.weight), bias)
 
     def _reduced(self, x: Tensor, bias: Tensor | None) -> Tensor:
         cut = (self.group.order, self.partition.sizes, self.group.name)
-        return _ops.row_parallel_linear(x, self.weight, bias, *cut)
+        return _ops.row_parallel_linear(x, self._matrix(self.weight), bias, *cut)
 
     def forward_add_rms_norm(
         self, x: Tensor, residual: Tensor, norm_weight: Tensor, eps: float = 1e-6
@@ -353,11 +373,13 @@ class RowParallelLinear(_ParallelLinear):
         Source: Zhang & Sennrich, Root Mean Square Layer Normalization, arXiv:1910.07467.
         """
         self._check_whole_sum()
+        if not self.input_is_parallel:
+            x = self._local_input(x)
         if self.group.size == 1:
             return add_rms_norm(self._product(x, self.bias), residual, norm_weight, eps)
         return _ops.row_parallel_linear_add_rms_norm(
-            x if self.input_is_parallel else self._local_input(x),
-            self.weight,
+            x,
+            self._matrix(self.weight),
             self.bias,
             residual,
             norm_weight,
@@ -380,7 +402,8 @@ class RowParallelLinear(_ParallelLinear):
         if tokens is None:
             tokens = Partition.even(x.size(dim), self.group.size)
         cut = (self.partition.sizes, tokens.sizes, dim, self.group.rank, self.group.name)
-        return _ops.row_parallel_linear_scatter(x, self.weight, self.bias, self.group.order, *cut)
+        weight = self._matrix(self.weight)
+        return _ops.row_parallel_linear_scatter(x, weight, self.bias, self.group.order, *cut)
 
     def _local_input(self, x: Tensor) -> Tensor:
         if x.shape[-1] != self.in_features:
@@ -388,9 +411,9 @@ class RowParallelLinear(_ParallelLinear):
                 "RowParallelLinear with input_is_parallel=False: the input's last dimension "
                 f"is {x.shape[-1]}, expected the whole in_features, {self.in_features}"
             )
-        # backward: the ranks' slices of dx, zero elsewhere, are summed
-        whole = copy_to_ranks(x, self.group)
-        return whole.narrow(-1, self.partition.offset(self.group.rank), self.local_in_features)
+        # backward: the ranks' parts of dx, zero elsewhere, are summed
+        whole = copy_to_ranks(x, self.group) if self.group.size > 1 else x
+        return take(whole, -1, self._input_ranges)
 
     def extra_repr(self) -> str:
         """Whole and local sizes."""
@@ -399,6 +422,12 @@ class RowParallelLinear(_ParallelLinear):
             f"out_features={self.out_features}, "
             f"bias={self.bias is not None}, rank={self.group.rank}/{self.group.size}"
         )
+
+
+def matrix_of(layer: nn.Module) -> Tensor:
+    """A linear layer's weight as ``(out_features, in_features)``."""
+    weight = layer.get_parameter("weight")
+    return layer._matrix(weight) if isinstance(layer, _ParallelLinear) else weight
 
 
 def add_rms_norm(

@@ -22,7 +22,7 @@ from ..group import Group, GroupLike, current_group
 from ..partition import Partition
 from .dropout import ParallelDropout
 from .gradients import summed, summed_over_replicas
-from .linear import ColumnParallelLinear, RowParallelLinear, add_rms_norm
+from .linear import ColumnParallelLinear, RowParallelLinear, add_rms_norm, matrix_of
 from .sharded import ShardedModule, ShardMark, mark_of
 
 Targets = str | Sequence[str] | Callable[[str, nn.Module], bool]
@@ -101,10 +101,11 @@ class LoRAModule(nn.Module):
         if is_merged == self.lora_is_merged:
             return
         # float32 at least, rounded once: a bfloat16 weight loses no more than that
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        weight = matrix_of(self)
+        wide = torch.promote_types(weight.dtype, torch.float32)
         delta = self.lora_B.to(wide) @ self.lora_A.to(wide)
         sign = 1 if is_merged else -1
-        self.weight.copy_(self.weight.to(wide) + sign * self.lora_options.scaling * delta)
+        weight.copy_(weight.to(wide) + sign * self.lora_options.scaling * delta)
         self.lora_is_merged = is_merged
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -395,7 +396,7 @@ def _adapt(
     layer.lora_options, layer.lora_is_merged = options, False
     layer.lora_dropout = ParallelDropout(options.dropout, is_sharded=is_row, group=group)
     layer.lora_dropout.train(layer.training)
-    local_out, local_in = layer.weight.shape
+    local_out, local_in = matrix_of(layer).shape
     layer.lora_A = nn.Parameter(layer.weight.new_empty(options.rank, local_in, dtype=dtype))
     layer.lora_B = nn.Parameter(layer.weight.new_empty(local_out, options.rank, dtype=dtype))
     layer._draw_lora(group, cast(int, layer.in_features))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from ..collectives import all_gather_tensor
 from ..group import Group, GroupLike, current_group
 from ..partition import Partition, ShardLayout
 
@@ -49,22 +50,26 @@ class ShardMark:
     def full(self, local: Tensor) -> Tensor:
         """The dense tensor from every rank's part. Collective; no gradient."""
         if self.group.size == 1:
-            return local.detach().clone()
-        gathered = self.group.all_gather(local.detach(), self.dim, self.layout.local_sizes)
-        if self.layout.is_consecutive:
-            return gathered
-        full = local.new_empty(self.full_shape(local))
-        held = [place for places in self.layout.ranges for place in places]
-        pieces = torch.split(gathered, [stop - start for start, stop in held], self.dim)
-        for (start, stop), piece in zip(held, pieces, strict=True):
-            full.narrow(self.dim, start, stop - start).copy_(piece)
-        return full
+            gathered = local.detach().clone()
+        else:
+            gathered = self.group.all_gather(local.detach(), self.dim, self.layout.local_sizes)
+        return take(gathered, self.dim, self.layout.dense_order)
 
 
 def take(full: Tensor, dim: int, ranges: tuple[tuple[int, int], ...]) -> Tensor:
-    """Ranges of one dimension, side by side; a view where it is one range."""
+    """Ranges of one dimension, side by side; itself where they are all of it, a view where it is
+    one range.
+    """
+    if ranges == ((0, full.size(dim)),):
+        return full
     pieces = [full.narrow(dim, start, stop - start) for start, stop in ranges]
     return pieces[0] if len(pieces) == 1 else torch.cat([full.narrow(dim, 0, 0), *pieces], dim)
+
+
+def check_gather_grad(given: str) -> None:
+    """Raise ValueError for what is no kind of gradient of a gathered tensor."""
+    if given not in ("replicated", "partial"):
+        raise ValueError(f'gather_grad {given!r}: expected "replicated" or "partial"')
 
 
 def put_mark(tensor: Tensor, mark: ShardMark | None) -> None:
@@ -105,11 +110,16 @@ class ShardedModule(nn.Module):
         cut.check(size, self.group.size)
         self.layout = ShardLayout.of(cut)
         self.partition = self.layout.local_sizes
+        self._dense_order = self.layout.dense_order
 
     def mark(self, name: str) -> ShardMark | None:
         """How the parameter ``name`` is cut; None if it is replicated."""
         dim = self.shard_dims.get(name)
-        return None if dim is None else ShardMark(self.group, dim, self.layout)
+        return None if dim is None else ShardMark(self.group, dim, self._layout_of(name))
+
+    def _layout_of(self, name: str) -> ShardLayout:
+        """How the dimension ``shard_dims[name]`` is cut; this module's layout unless overridden."""
+        return self.layout
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As ``nn.Module``'s; a sharded parameter is marked."""
@@ -159,6 +169,12 @@ class ShardedModule(nn.Module):
         mark = self.mark(name)
         return full if mark is None else mark.local(full)
 
+    def _gathered(self, y: Tensor, grad: str) -> Tensor:
+        """The last dimension of all ranks' ``y``, in the whole's order."""
+        if self.group.size > 1:
+            y = all_gather_tensor(y, -1, self.group, grad, partition=self.partition)
+        return take(y, -1, self._dense_order)
+
     def _shard_record(self) -> dict[str, Any]:
         record: dict[str, Any] = {
             "rank": self.group.rank,
@@ -196,15 +212,14 @@ class ShardedModule(nn.Module):
             )
             return
         replaced = {}
-        for name, dim in self.shard_dims.items():
+        for name in self.shard_dims:
             key = prefix + name
             value = state_dict.get(key)
-            local = getattr(self, name, None)
-            if record is not None or not isinstance(value, Tensor) or local is None:
+            local, mark = getattr(self, name, None), self.mark(name)
+            if record is not None or not isinstance(value, Tensor) or local is None or mark is None:
                 continue
-            full = list(local.shape)
-            full[dim] = self.layout.size
-            if list(value.shape) == full:
+            full = mark.full_shape(local)
+            if value.shape == full:
                 replaced[key] = value
                 piece = self._local(name, value)
                 if local_metadata.get("assign_to_params_buffers", False):
@@ -215,7 +230,7 @@ class ShardedModule(nn.Module):
                 error_msgs.append(
                     f"{key}: shape {list(value.shape)} is a shard's, and the state dict does not "
                     "say which rank's; "
-                    f"pass the dense tensor {full} or keep state_dict()'s metadata"
+                    f"pass the dense tensor {list(full)} or keep state_dict()'s metadata"
                 )
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
