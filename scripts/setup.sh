@@ -52,9 +52,11 @@ before=$(sed -n 's/^extras: //p' "$stamp" 2>/dev/null || true)
 extras=$(printf '%s\n' test hf $before "$@" | sort -u | paste -sd ' ' -)
 state="tree: $PWD
 torch: $(torch_of "$PY")
-extras: $extras"
+extras: $extras
+modules: $(find python -name '*.py' | sort | cksum)"
 
-# Folders are listed too: their times change when a file comes or goes. Python sources are used in place.
+# Folders are listed too: their times change when a file comes or goes. Python sources are used in place, but the
+# list of modules is made at installation.
 if [ "$(cat "$stamp" 2>/dev/null)" = "$state" ]; then
   newer=$(find CMakeLists.txt pyproject.toml README.md cmake _build csrc bench/*.cpp bench/*.h bench/gpu \
     scripts/setup.sh -name __pycache__ -prune -o -name '*.pyc' -o -newer "$stamp" -print 2>/dev/null |

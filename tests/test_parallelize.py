@@ -285,7 +285,7 @@ def rank_verify(group: Group) -> None:
     # Column, then one that reads the whole width: a wrong pair that still runs.
     undone = broken()
     first = undone[2]
-    wrong = plan(undone, group.size, rules={"2": "colwise"})
+    wrong = plan(undone, group.size, rules={"2": "colwise", "3": "replicate"})
     with pytest.raises((PlanError, ValueError, RuntimeError)):
         parallelize(undone, group, plan=wrong, verify=x)
     assert undone[2] is first

@@ -58,11 +58,13 @@ def test_eight_heads_on_three_ranks_are_three_three_two() -> None:
     assert cut.partition.sizes == (24, 24, 16)
 
 
-def test_fewer_heads_than_ranks_is_refused_with_legal_sizes() -> None:
-    with pytest.raises(PlanError, match=r"must be divisible by tensor parallel size") as error:
-        plan(on_meta(llama), 5)
-    assert "4 key/value heads for 5 ranks" in str(error.value)
-    assert "nearest legal sizes are 1 to 4" in str(error.value)
+def test_fewer_heads_than_ranks_are_shared_with_the_queries_dealt_out() -> None:
+    made = plan(on_meta(llama), 5)
+    layer = "model.layers.0.self_attn."
+    assert made.shard(layer + "q_proj.weight").partition.sizes == (8, 8, 16, 16, 16)
+    keys = made.shard(layer + "k_proj.weight").layout()
+    assert keys.ranges == (((0, 8),), ((0, 8),), ((8, 16),), ((16, 24),), ((24, 32),))
+    assert made.attributes[layer[:-1]] == {"num_key_value_groups": (1, 1, 2, 2, 2)}
 
 
 def test_ratios_shift_the_cut_and_may_not_empty_attention() -> None:
@@ -105,7 +107,12 @@ def test_star_is_one_number_and_nothing_else() -> None:
         with pytest.raises(PlanError, match="matches no module"):
             plan(on_meta(llama), 2, rules=rules)
     with pytest.raises(PlanError, match="names a parameter"):
-        plan(on_meta(llama), 2, rules={"model.layers.*.mlp.up_proj.weight": "colwise"})
+        plan(on_meta(llama), 2, rules={"model.layers.*.input_layernorm.weight": "colwise"})
+
+
+def test_a_weights_name_means_its_module() -> None:
+    made = plan(on_meta(llama), 2, rules={"model.layers.*.mlp.up_proj.weight": "colwise_rep"})
+    assert made.entries["model.layers.1.mlp.up_proj"].gather_output
 
 
 def test_a_model_rule_without_match_warns() -> None:
@@ -115,11 +122,10 @@ def test_a_model_rule_without_match_warns() -> None:
         plan(model, 2)
 
 
-def test_a_plain_model_needs_rules_and_works_with_them() -> None:
+def test_a_plain_model_works_with_rules_and_without() -> None:
     model = nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.Linear(10, 6))
-    with pytest.raises(PlanError, match=r"Sequential has no tensor-parallel plan.*rules="):
-        plan(model, 2)
     made = plan(model, 4, rules={"0": "colwise", "2": "rowwise"})
+    assert plan(model, 4).entries == made.entries
     assert made.local_shape("0.weight", 0) == (3, 6)
     assert made.local_shape("0.bias", 3) == (2,)
     assert made.local_shape("2.weight", 3) == (6, 2)
@@ -127,8 +133,8 @@ def test_a_plain_model_needs_rules_and_works_with_them() -> None:
 
 
 def test_unsupported_styles_and_modules_are_refused_with_the_list() -> None:
-    with pytest.raises(PlanError, match=r"'sequence_parallel'.*supported styles are \['colwise'"):
-        plan(on_meta(llama), 2, rules={"model.norm": "sequence_parallel"})
+    with pytest.raises(PlanError, match=r"'sideways'.*supported styles are \['colwise'"):
+        plan(on_meta(llama), 2, rules={"model.norm": "sideways"})
     with pytest.raises(PlanError, match=r"model\.norm is a LlamaRMSNorm"):
         plan(on_meta(llama), 2, rules={"model.norm": "colwise"})
     mixture = MixtralConfig(
@@ -152,7 +158,7 @@ def test_tied_weights_cut_differently_are_refused() -> None:
     assert made.shard("lm_head.weight") is None
 
 
-def test_an_embedding_with_its_own_forward_stays_whole_with_what_is_tied_to_it() -> None:
+def test_an_embedding_that_scales_its_rows_is_cut() -> None:
     config = Gemma3TextConfig(
         vocab_size=20,
         hidden_size=16,
@@ -161,15 +167,28 @@ def test_an_embedding_with_its_own_forward_stays_whole_with_what_is_tied_to_it()
         intermediate_size=8,
         num_hidden_layers=1,
     )
-    with pytest.warns(UserWarning, match="Gemma3TextScaledWordEmbedding"):
-        made = plan(Gemma3ForCausalLM(config), 2)
-    assert "lm_head" not in made.entries
-    assert "model.embed_tokens" not in made.entries
-    assert "model.layers.0.self_attn.q_proj" in made.entries
+    made = plan(Gemma3ForCausalLM(config), 2)
+    assert made.entries["model.embed_tokens"].partition == made.entries["lm_head"].partition
+
+
+class NormedEmbedding(nn.Embedding):
+    """Reads its weight past its base class's forward."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids) / self.weight.norm()
+
+
+def test_an_embedding_that_reads_its_table_stays_whole_with_what_is_tied_to_it() -> None:
+    model = nn.Sequential(NormedEmbedding(20, 16), nn.Linear(16, 20, bias=False))
+    model[1].weight = model[0].weight
+    made = plan(model, 2)
+    assert not made.entries
+    assert "NormedEmbedding does more" in made.whole["0"]
+    assert "tied to 0" in made.whole["1"]
 
 
 def test_norms_inside_heads_sum_their_gradients() -> None:
-    assert "model.layers.0.self_attn.q_norm" in plan(on_meta(qwen3), 2).partial_gradients
+    assert "model.layers.0.self_attn.q_norm.weight" in plan(on_meta(qwen3), 2).partial_gradients
 
 
 def test_bad_arguments() -> None:

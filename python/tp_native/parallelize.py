@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -12,19 +13,25 @@ from torch import Tensor, nn
 
 from .agreement import agreed, check_same
 from .checkpoint.writer import parse_bytes, save_pretrained
+from .collectives import all_reduce_sum
 from .errors import PlanError
 from .group import Group, GroupLike, current_group
 from .guards import guard
 from .nn import (
+    ColumnParallelConv1D,
+    ColumnParallelEmbedding,
     ColumnParallelLinear,
+    RowParallelConv1D,
     RowParallelLinear,
     ShardedModule,
     VocabParallelEmbedding,
+    is_conv1d,
     summed,
 )
 from .nn.lora import has_lora
-from .plan import ShardEntry, ShardPlan
+from .nn.sharded import take
 from .plan import plan as make_plan
+from .plan.shards import COLUMN_GATHER, ROW, ROW_SPLIT, VOCABULARY, ShardEntry, ShardPlan
 from .state import (
     ParallelState,
     attach_state,
@@ -81,7 +88,6 @@ def parallelize(
     ValueError if the ranks hold different models.
     """
     group = current_group(group)
-    swaps: list[tuple[nn.Module, str, nn.Module]] = []
     dense: Recording | None = None
     inputs = (verify,) if isinstance(verify, Tensor) else verify
     with agreed(group):
@@ -104,25 +110,14 @@ def parallelize(
     with agreed(group):
         if inputs is not None:
             dense = record(model, *inputs)
-    keep_old = inputs is not None
-    locals_: dict[str, nn.Parameter] = {}
-    for name, entry in plan.entries.items():
-        parent = model.get_submodule(name.rpartition(".")[0])
-        child = name.rpartition(".")[2]
-        old = getattr(parent, child)
-        new = _parallel_module(name, old, entry, plan, group, locals_)
-        setattr(parent, child, new)
-        if keep_old:
-            swaps.append((parent, child, old))
+    undo = _apply(model, plan, group)
     if dense is not None and inputs is not None:
         try:
             compare(model, dense, inputs, plan, group)
         except BaseException:
-            for parent, child, old in swaps:
-                setattr(parent, child, old)
+            for step in reversed(undo):
+                step()
             raise
-    for name in plan.partial_gradients:
-        _sum_gradients(model.get_submodule(name), group)
     _attach(model, ParallelState(group, plan))
     guard(model)
     return model
@@ -223,6 +218,34 @@ def _fingerprint(model: nn.Module, plan: ShardPlan) -> int:
     return int.from_bytes(digest.digest()[:8], "little") >> 1
 
 
+def _apply(model: nn.Module, plan: ShardPlan, group: Group) -> list[Callable[[], None]]:
+    """Cut the model as planned; returns what undoes it, in order."""
+    undo: list[Callable[[], None]] = []
+    held: dict[str, nn.Parameter] = {}
+    twins: dict[int, nn.Module] = {}
+    for name, entry in plan.entries.items():
+        old = model.get_submodule(name)
+        twins[id(old)] = _parallel_module(name, old, entry, plan, group, held)
+    for parent in list(model.modules()):
+        for child, old in list(parent._modules.items()):
+            if old is not None and id(old) in twins:
+                parent._modules[child] = twins[id(old)]
+                undo.append(partial(parent._modules.__setitem__, child, old))
+    for name, values in plan.attributes.items():
+        module = model.get_submodule(name)
+        for attribute, per_rank in values.items():
+            undo.append(partial(setattr, module, attribute, getattr(module, attribute)))
+            setattr(module, attribute, per_rank[group.rank])
+    for name, locals_ in _by_module(plan.partial_gradients).items():
+        module = model.get_submodule(name)
+        undo.append(partial(setattr, module, "__class__", type(module)))
+        _sum_gradients(module, locals_, group)
+    for name in plan.summed:
+        handle = model.get_submodule(name).register_forward_hook(partial(_sum_output, group))
+        undo.append(handle.remove)
+    return undo
+
+
 def _parallel_module(
     name: str,
     old: nn.Module,
@@ -233,23 +256,23 @@ def _parallel_module(
 ) -> nn.Module:
     """The parallel twin of ``old`` with its slices; ``made`` keeps tied parameters one."""
     new = _empty_twin(old, entry, group)
-    for local, dense in old.named_parameters(recurse=False):
-        full_name = f"{name}.{local}"
+    for path, dense in old.named_parameters():
+        full_name = f"{name}.{path}" if name else path
         first = plan.aliases.get(full_name, full_name)
-        dim = entry.dims.get(local)
+        cut = entry.shards.get(path)
+        owner = new.get_submodule(path.rpartition(".")[0])
+        local = path.rpartition(".")[2]
         if first not in made:
-            whole = dense.detach()
-            if dim is None:
+            if cut is None:
                 made[first] = dense
             else:
-                piece = entry.partition.slice(group.rank)
-                share = whole.narrow(dim, piece.start, piece.stop - piece.start)
+                share = take(dense.detach(), cut.dim, cut.layout().ranges[group.rank])
                 # clone(), not contiguous(): a view would keep the dense storage alive.
                 share = share.clone(memory_format=torch.contiguous_format)
                 made[first] = nn.Parameter(share, requires_grad=dense.requires_grad)
                 made[first].__dict__.update(dense.__dict__)
-                made[first].__dict__.update(getattr(new, local).__dict__)
-        new.register_parameter(local, made[first])
+                made[first].__dict__.update(getattr(owner, local).__dict__)
+        owner.register_parameter(local, made[first])
     new.train(old.training)
     for table in _HOOKS:
         if table in old.__dict__:
@@ -260,55 +283,72 @@ def _parallel_module(
 
 
 def _empty_twin(old: nn.Module, entry: ShardEntry, group: Group) -> nn.Module:
+    """The parallel module for ``old``, on meta."""
+    if isinstance(old, nn.MultiheadAttention):
+        return ParallelMultiheadAttention.from_dense(old, group=group, heads=entry.partition)
+    place: dict[str, Any] = {
+        "group": group,
+        "partition": entry.partition,
+        "device": "meta",
+        "dtype": old.get_parameter("weight").dtype,
+    }
     if isinstance(old, nn.Embedding):
-        return VocabParallelEmbedding(
-            old.num_embeddings,
-            old.embedding_dim,
-            old.padding_idx,
-            group=group,
-            partition=entry.partition,
-            device="meta",
-            dtype=old.weight.dtype,
-        )
-    assert isinstance(old, nn.Linear)
-    has_bias = old.bias is not None
-    if entry.dims["weight"] == 0:
-        return ColumnParallelLinear(
-            old.in_features,
-            old.out_features,
-            has_bias,
-            group=group,
-            gather_output=entry.gather_output,
-            partition=entry.partition,
-            device="meta",
-            dtype=old.weight.dtype,
-        )
-    return RowParallelLinear(
-        old.in_features,
-        old.out_features,
-        has_bias,
-        group=group,
-        partition=entry.partition,
-        device="meta",
-        dtype=old.weight.dtype,
-    )
+        sizes = (old.num_embeddings, old.embedding_dim, old.padding_idx)
+        if entry.style == VOCABULARY:
+            return _in_class_of(old, VocabParallelEmbedding(*sizes, **place))
+        return ColumnParallelEmbedding(*sizes, gather_output=entry.features > 0, **place)
+    row: type[RowParallelLinear] = RowParallelLinear
+    column: type[ColumnParallelLinear] = ColumnParallelLinear
+    if is_conv1d(old):
+        row, column = RowParallelConv1D, ColumnParallelConv1D
+    widths = (*column._widths(old), old.bias is not None)
+    if entry.style in (ROW, ROW_SPLIT):
+        return row(*widths, input_is_parallel=entry.style == ROW, **place)
+    gather = entry.style == COLUMN_GATHER
+    return column(*widths, gather_output=gather, gather_grad=entry.gather_grad, **place)
 
 
-def _sum_gradients(module: nn.Module, group: Group) -> None:
-    """Make a whole module's parameters sum their gradients over the ranks.
+def _in_class_of(old: nn.Embedding, new: VocabParallelEmbedding) -> nn.Module:
+    """``new`` with the forward of ``old``'s own class, whose ``super().forward`` is then ours."""
+    kind = type(old)
+    if kind is nn.Embedding:
+        return new
+    base = type("_VocabParallelBase", (VocabParallelEmbedding, nn.Embedding), {})
+    new.__class__ = type(kind.__name__, (kind, base), {"__module__": kind.__module__})
+    for name, value in old.__dict__.items():
+        new.__dict__.setdefault(name, value)
+    new._buffers.update(old._buffers)
+    new._non_persistent_buffers_set |= old._non_persistent_buffers_set
+    return new
+
+
+def _by_module(names: Sequence[str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name in names:
+        module, _, local = name.rpartition(".")
+        found.setdefault(module, []).append(local)
+    return found
+
+
+def _sum_gradients(module: nn.Module, names: Sequence[str], group: Group) -> None:
+    """Make parameters of a whole module sum their gradients over the ranks.
 
     The module's class becomes a subclass of its own, of the same name, whose parameter
     attributes pass through `summed`; stored parameters and keys stay as they are.
     """
-    names = tuple(name for name, _ in module.named_parameters(recurse=False))
 
     def reader(name: str) -> Callable[[Any], Tensor]:
         return lambda self: summed(group, self._parameters[name])[0]
 
     kind = type(module)
     body: dict[str, Any] = {name: property(reader(name)) for name in names}
-    body |= {"__module__": kind.__module__, "group": group, "partial_gradients": names}
+    body |= {"__module__": kind.__module__, "group": group, "partial_gradients": tuple(names)}
     module.__class__ = type(kind.__name__, (kind,), body)
+
+
+def _sum_output(group: Group, module: nn.Module, args: Any, output: Any) -> Any:
+    """A forward hook: the sum of the ranks' outputs."""
+    return all_reduce_sum(output, group)
 
 
 def _attach(model: nn.Module, state: ParallelState) -> None:

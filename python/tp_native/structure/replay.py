@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,13 +26,41 @@ from .trace import Event, Leaf, Trace, Tracer, Value, run_fake
 
 # Calls whose integers are sizes, which differ between ranks.
 _SIZED = frozenset(
-    "view reshape expand expand_as split chunk unflatten narrow repeat repeat_interleave tile "
-    "broadcast_to split_with_sizes tensor_split reshape_as view_as __getitem__".split()
+    [
+        "view",
+        "reshape",
+        "expand",
+        "expand_as",
+        "split",
+        "chunk",
+        "unflatten",
+        "narrow",
+        "repeat",
+        "repeat_interleave",
+        "tile",
+        "broadcast_to",
+        "split_with_sizes",
+        "tensor_split",
+        "reshape_as",
+        "view_as",
+        "__getitem__",
+    ]
 )
 
 _SHAPES = frozenset(
-    "view reshape expand flatten unflatten squeeze unsqueeze repeat_interleave __getitem__ "
-    "contiguous repeat".split()
+    [
+        "view",
+        "reshape",
+        "expand",
+        "flatten",
+        "unflatten",
+        "squeeze",
+        "unsqueeze",
+        "repeat_interleave",
+        "__getitem__",
+        "contiguous",
+        "repeat",
+    ]
 )
 
 # attribute values that modules get on each rank: module -> attribute -> one value per rank
@@ -85,9 +114,7 @@ class _Replay(Tracer):
         for value, out in zip(event.outs, outs, strict=True):
             expected = self.expected(value)
             if tuple(out.shape) != expected and not value.is_constant:
-                raise Departure(
-                    event, f"{name} gives {list(out.shape)}, expected {list(expected)}"
-                )
+                raise Departure(event, f"{name} gives {list(out.shape)}, expected {list(expected)}")
         constant = all(value.is_constant for value in event.outs)
         if not constant and not _alike(event.constants, constants, name in _SIZED):
             raise Departure(event, f"{name} gets {constants} instead of {event.constants}")
@@ -169,7 +196,7 @@ def replay(
     """
     runner = _Replay(model, trace.leaves, trace, solution, rank)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with local_attributes(model, attributes, rank):
+    with local_attributes(model, attributes, rank), _quiet():
         try:
             run_fake(model, mode, runner, trace.leaves, runner.call_leaf, args, kwargs)
         except Departure:
@@ -178,6 +205,18 @@ def replay(
             raise Departure(runner.event, f"{type(error).__name__}: {error}") from error
     if runner.event is not None:
         raise Departure(runner.event, "stops early")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Errors are expected here, so torch need not log them."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before = log.disabled
+    log.disabled = True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 # -- sizes that the code reads from its modules
@@ -207,7 +246,9 @@ def fit(
     ranks = _unlike_ranks(trace, solution)
     tried: set[str] = set()
     while True:
-        found.departure = _first_departure(model, trace, solution, ranks, found.attributes, args, kwargs)
+        found.departure = _first_departure(
+            model, trace, solution, ranks, found.attributes, args, kwargs
+        )
         if found.departure is None:
             return found
         event = found.departure.event

@@ -57,14 +57,77 @@ _DUNDERS = {
 }
 # Element-wise, though torch does not tag them so.
 _ALSO_POINTWISE = frozenset(
-    "to float double half bfloat16 type type_as contiguous clone detach dropout alpha_dropout "
-    "requires_grad_ masked_fill where fill zero bool int long cpu cuda softsign silu relu gelu "
-    "copy hardtanh alias lift_fresh zeros_like ones_like full_like empty_like rand_like "
-    "randn_like nan_to_num feature_dropout positive clip".split()
+    [
+        "to",
+        "float",
+        "double",
+        "half",
+        "bfloat16",
+        "type",
+        "type_as",
+        "contiguous",
+        "clone",
+        "detach",
+        "dropout",
+        "alpha_dropout",
+        "requires_grad_",
+        "masked_fill",
+        "where",
+        "fill",
+        "zero",
+        "bool",
+        "int",
+        "long",
+        "cpu",
+        "cuda",
+        "softsign",
+        "silu",
+        "relu",
+        "gelu",
+        "copy",
+        "hardtanh",
+        "alias",
+        "lift_fresh",
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "empty_like",
+        "rand_like",
+        "randn_like",
+        "nan_to_num",
+        "feature_dropout",
+        "positive",
+        "clip",
+    ]
 )
 KEEPS_CONSTANT = frozenset(
-    "to float double half bfloat16 type type_as contiguous clone detach view reshape expand "
-    "unsqueeze squeeze __getitem__ transpose permute mul add sub div neg __mul__ __add__".split()
+    [
+        "to",
+        "float",
+        "double",
+        "half",
+        "bfloat16",
+        "type",
+        "type_as",
+        "contiguous",
+        "clone",
+        "detach",
+        "view",
+        "reshape",
+        "expand",
+        "unsqueeze",
+        "squeeze",
+        "__getitem__",
+        "transpose",
+        "permute",
+        "mul",
+        "add",
+        "sub",
+        "div",
+        "neg",
+        "__mul__",
+        "__add__",
+    ]
 )
 
 
@@ -557,9 +620,7 @@ def _attention(
     for tensor, dims in ((k, dk), (v, dv)):
         if q.dim() > 3 and tensor.size(-3) not in (1, heads):
             dims[-3] = [*dims[-3], Axis(heads // tensor.size(-3), is_open=True)]
-    batch = broadcast(
-        lookup, [(q, dq[:-2]), (k, dk[:-2]), (v, dv[:-2])], [*outs[0].shape[:-2]]
-    )
+    batch = broadcast(lookup, [(q, dq[:-2]), (k, dk[:-2]), (v, dv[:-2])], [*outs[0].shape[:-2]])
     if isinstance(mask, Tensor) and mask.dim() > 2:
         sizes = outs[0].shape[:-2]
         broadcast(lookup, [(q, batch), (mask, lookup.dims(mask)[:-2])], sizes)
@@ -602,7 +663,9 @@ def _reduce(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) 
     dims = lookup.dims(given[0])
     at = kwargs.get("dim", kwargs.get("axis"))
     if at is None and len(args) > 1:
-        at = next((a for a in args[1:] if isinstance(a, (int, tuple, list)) and a is not True), None)
+        at = next(
+            (a for a in args[1:] if isinstance(a, (int, tuple, list)) and a is not True), None
+        )
     places = _places(at, len(dims))
     if len(given) != 1 or (at is not None and any(p >= len(dims) for p in places)):
         raise NotFollowed("arguments that are not understood")

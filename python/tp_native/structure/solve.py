@@ -72,7 +72,10 @@ class Solution:
     def is_cut(self, value: Value) -> bool:
         """Whether ranks hold unlike parts of an activation."""
         return value.dims is not None and any(
-            self.cut_of(leaf) is not None for dim in value.dims for axis in dim for leaf in parts(axis)
+            self.cut_of(leaf) is not None
+            for dim in value.dims
+            for axis in dim
+            for leaf in parts(axis)
         )
 
     def local_size(self, dim: Sequence[Axis], rank: int) -> int:
@@ -89,9 +92,7 @@ class Solution:
 
     def layout(self, axis: Axis) -> ShardLayout:
         """Where each rank's part of a weight's axis lies."""
-        ranges = tuple(
-            tuple(_merged(self._ranges([axis], rank))) for rank in range(self.ranks)
-        )
+        ranges = tuple(tuple(_merged(self._ranges([axis], rank))) for rank in range(self.ranks))
         return ShardLayout(axis.size, _aligned(ranges))
 
     def _ranges(self, dim: Sequence[Axis], rank: int) -> list[Range]:
@@ -131,7 +132,9 @@ class Solution:
 def _times(outer: Sequence[Range], inner: Sequence[Range], size: int) -> list[Range]:
     if list(inner) == [(0, size)]:
         return [(a * size, b * size) for a, b in outer]
-    return [(i * size + a, i * size + b) for lo, hi in outer for i in range(lo, hi) for a, b in inner]
+    return [
+        (i * size + a, i * size + b) for lo, hi in outer for i in range(lo, hi) for a, b in inner
+    ]
 
 
 def _merged(ranges: Sequence[Range]) -> list[Range]:
@@ -149,9 +152,7 @@ def _merged(ranges: Sequence[Range]) -> list[Range]:
 def _aligned(held: Sequence[Sequence[Range]]) -> tuple[tuple[Range, ...], ...]:
     """Ranges cut so that any two are the same or apart."""
     bounds = sorted({bound for ranges in held for place in ranges for bound in place})
-    if all(
-        not any(a < bound < b for bound in bounds) for ranges in held for a, b in ranges
-    ):
+    if all(not any(a < bound < b for bound in bounds) for ranges in held for a, b in ranges):
         return tuple(tuple(ranges) for ranges in held)
     return tuple(
         tuple(

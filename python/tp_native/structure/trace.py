@@ -90,8 +90,10 @@ def leaf_kind(module: nn.Module) -> str | None:
     if isinstance(module, nn.Linear):
         return "linear" if forward is nn.Linear.forward or _is_affine(module) else None
     if isinstance(module, nn.Embedding):
-        plain = forward is nn.Embedding.forward and module.max_norm is None
-        return "embedding" if plain and not (module.sparse or module.scale_grad_by_freq) else None
+        if module.max_norm is not None or module.sparse or module.scale_grad_by_freq:
+            return None
+        plain = forward is nn.Embedding.forward
+        return "embedding" if plain or _looks_up_by_super(module) else None
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and hasattr(module, "nx"):
         return "conv1d"
     return None
@@ -118,6 +120,35 @@ def _is_affine(module: nn.Linear) -> bool:
     except Exception:
         return False
     return isinstance(y, Tensor) and torch.allclose(y, nn.functional.linear(x, weight, bias))
+
+
+def _looks_up_by_super(module: nn.Embedding) -> bool:
+    """Whether an Embedding with a forward of its own uses its weight by ``super().forward`` only,
+    tried on numbers: the weight itself is NaN meanwhile.
+    """
+    kind = type(module)
+    if any(b.is_meta for b in module.buffers()) or set(module._parameters) != {"weight"}:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randn(4, module.embedding_dim, generator=generator)
+
+    class _Base(nn.Embedding):
+        def forward(self, input: Tensor) -> Tensor:
+            return nn.functional.embedding(input, table)
+
+    try:
+        probe = type(kind.__name__, (kind, _Base), {})
+        results = []
+        for cls, weight in ((kind, table), (probe, torch.full_like(table, float("nan")))):
+            twin = copy.copy(module)
+            twin.__dict__ = {**module.__dict__, "padding_idx": None, "num_embeddings": 4}
+            twin.__dict__["_parameters"] = {"weight": nn.Parameter(weight, requires_grad=False)}
+            twin.__class__ = cls
+            with torch.no_grad():
+                results.append(cls.forward(twin, torch.arange(4)[None]))
+    except Exception:
+        return False
+    return isinstance(results[0], Tensor) and torch.equal(*results)
 
 
 def find_leaves(model: nn.Module) -> dict[str, Leaf]:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .partition import ShardLayout
+from ..partition import ShardLayout
 
 if TYPE_CHECKING:
-    from .shard_plan import ShardPlan
+    from .shards import ShardPlan
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .errors import PlanError
-from .shard_plan import COLUMN, COLUMN_GATHER, EMBEDDING_COLUMN, ROW, ROW_SPLIT, VOCABULARY
+from ..errors import PlanError
+from .shards import COLUMN, COLUMN_GATHER, EMBEDDING_COLUMN, ROW, ROW_SPLIT, VOCABULARY
 
 REPLICATE = "replicate"
 # Whole on every rank, but each rank sees only its share of the gradient (per-head norms).

@@ -14,9 +14,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .errors import PlanError
-from .partition import Partition, ShardLayout
-from .shard_plan import (
+from ..errors import PlanError
+from ..partition import Partition, ShardLayout
+from ..structure.follow import Followed, follow
+from ..structure.inputs import split_inputs
+from ..structure.solve import elements_of
+from ..structure.trace import Leaf, find_leaves
+from .shards import (
     ATTENTION,
     COLUMN,
     COLUMN_GATHER,
@@ -28,22 +32,15 @@ from .shard_plan import (
     ShardEntry,
     ShardPlan,
 )
-from .structure.follow import Followed, follow
-from .structure.inputs import split_inputs
-from .structure.solve import elements_of
-from .structure.trace import Leaf, find_leaves
 from .styles import (
     ALL_REDUCE,
     PACKED_COLUMN,
     PACKED_ROW,
     REPLICATE,
     SUM_GRADIENT,
-    SUPPORTED_STYLES,
     Given,
     given_styles,
 )
-
-__all__ = ["SUPPORTED_STYLES", "Shard", "ShardEntry", "ShardPlan", "plan"]
 
 # Matrices that together are no more of the model than this stay whole rather than cost a
 # collective each.
@@ -185,8 +182,15 @@ class _Planner:
                 if name not in self.entries:
                     self._add_given(name, given)
             elif given.style not in (REPLICATE, SUM_GRADIENT, ALL_REDUCE):
-                self._refuse(name, given)
+                if given.is_rule:
+                    self._refuse(name, given)
+                self.whole[name] = self._own_forward(name)
         self._add_rest()
+        for name, module in self.modules.items():
+            inside = name.rpartition(".")[0] in self.leaves
+            if isinstance(module, (nn.Linear, nn.Embedding)) and name not in self.leaves:
+                if not inside:
+                    self.whole.setdefault(name, self._own_forward(name))
         self._settle_ties()
         shapes, item_bytes, aliases = {}, {}, {}
         first_names: dict[int, str] = {}
@@ -244,6 +248,10 @@ class _Planner:
             layout = self._cut(size)
         self.entries[name] = self._entry(leaf, style, layout)
 
+    def _own_forward(self, name: str) -> str:
+        kind = type(self.modules[name]).__name__
+        return f"the forward of {kind} does more than its base class's"
+
     def _refuse(self, name: str, given: Given) -> None:
         raise PlanError(
             f"{name or self.name} is a {type(self.modules[name]).__name__}, which style "
@@ -283,7 +291,9 @@ class _Planner:
         if leaf.kind == "attention":
             return self._attention(leaf)
         if leaf.kind == "embedding":
-            return replace(self._entry(leaf, VOCABULARY, self._cut(_size(leaf, VOCABULARY))), note=note)
+            return replace(
+                self._entry(leaf, VOCABULARY, self._cut(_size(leaf, VOCABULARY))), note=note
+            )
         is_narrow = _size(leaf, COLUMN) < self.world_size <= _size(leaf, ROW) and not is_partial
         style = ROW_SPLIT if is_narrow else COLUMN_GATHER
         entry = self._entry(leaf, style, self._cut(_size(leaf, style)))
@@ -395,9 +405,9 @@ class _Planner:
                     "both"
                 )
             for name, _ in places:
-                if self.entries.pop(name, None) is not None or name in self.leaves:
-                    others = [n for n, _ in places if n != name]
-                    self.whole[name] = f"tied to {others[0]}, which is whole"
+                if self.entries.pop(name, None) is not None:
+                    others = ", ".join(n for n, _ in places if n != name)
+                    self.whole[name] = f"tied to {others}, which can't be cut alike"
 
     def _cut_of(self, module: str, local: str) -> tuple[Any, ...] | None:
         entry = self.entries.get(module)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from .partition import Partition, ShardLayout
+from ..partition import Partition, ShardLayout
 
 # What a module does in the cut model.
 COLUMN = "colwise"
@@ -50,6 +50,16 @@ class ShardEntry:
     features: int = 0
     gather_grad: str = "replicated"
     note: str = ""
+
+    @property
+    def gather_output(self) -> bool:
+        """Whether the ranks' outputs are gathered."""
+        return self.style == COLUMN_GATHER
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the module's output is this rank's part."""
+        return self.features == 0 and self.style in (COLUMN, EMBEDDING_COLUMN)
 
 
 @dataclass(frozen=True)
