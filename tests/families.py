@@ -24,6 +24,7 @@ from tp_native.group import Group
 from tp_native.nn import mark_of
 
 LIMIT = 1e-5  # fp32 sums in another order, two layers deep
+QUIET = LIMIT / 3  # what rounding may make of the dense model itself, where the bar is measured
 SHARE = 0.95  # of the elements of all weight matrices
 NEW_TOKENS = 16
 # A gradient below this part of the model's largest is zero but for rounding (the bias of keys
@@ -203,6 +204,44 @@ def reference(case: Case) -> Reference:
     return Reference(output.detach(), gradients, max(sizes, default=0.0), tokens, state)
 
 
+def rounding(case: Case, dense: Reference) -> tuple[float, float, str]:
+    """How far fp32 takes the dense model's output and gradients from fp64, and whose gradient it
+    takes furthest: some are small differences of large terms. RuntimeError where a model is fp32
+    only.
+    """
+    inputs = {
+        k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
+        for k, v in case.inputs.items()
+    }
+    model = copy.deepcopy(case.model).double()
+    exact = reference(Case(model, inputs, case.output, None, case.has_gradients))
+    errors = {}
+    for name, gradient in dense.gradients.items():
+        expected = exact.gradients[name]
+        if gradient is not None and expected is not None:
+            holder = nn.Parameter(gradient)
+            holder.grad = gradient
+            errors[name] = gradient_error(holder, expected.float(), dense.largest) or 0.0
+    gap, worst = max(((e, n) for n, e in errors.items()), default=(0.0, ""))
+    return error_of(dense.output.double(), exact.output), gap, worst
+
+
+def quiet(name: str, seed: int) -> tuple[Case, Reference]:
+    """The first case from ``seed`` on, whose own rounding is well below the bar; every
+    eighth is of the same kind.
+    """
+    for attempt in range(seed, seed + 80, 8):
+        case = build(name, attempt)
+        dense = reference(case)
+        try:
+            output, gap, _ = rounding(case, dense)
+        except RuntimeError:
+            return case, dense
+        if max(output, gap) <= QUIET:
+            return case, dense
+    raise AssertionError(f"{name}: rounding reaches {QUIET:.1g} at every seed")
+
+
 @dataclass
 class Finding:
     """How far one rank's parallelized model is from the dense one."""
@@ -328,6 +367,15 @@ def problems(case: Case, findings: list[Finding]) -> list[str]:
     return told
 
 
-def compare(case: Case, world_size: int) -> list[Finding]:
-    """Every rank's finding, on thread ranks."""
-    return tp.simulate(rank_finding, world_size, case, reference(case))
+def report(name: str, case: Case, findings: list[Finding]) -> str:
+    """What was found, in a few lines; the last ones say what is below the bar."""
+    share, whole = sharded_share(weight_matrices(case.model), findings)
+    gap, worst = max(found.worst_gradient for found in findings)
+    lines = [
+        f"{name} ({type(case.model).__name__}) on {len(findings)} ranks:",
+        f"  output departs by {max(found.output_error for found in findings):.2g}",
+        f"  gradients depart by {gap:.2g} at most{f', {worst}' if worst else ''}",
+        f"  {share:.1%} of the weight matrices are sharded, {len(whole)} are whole",
+        f"  {findings[0].collectives} collectives in a forward pass",
+    ]
+    return "\n".join([*lines, *(f"  BELOW THE BAR: {p}" for p in problems(case, findings))])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -110,6 +111,8 @@ def bart_like(draw: Draw, **changes: Any) -> dict[str, Any]:
         "activation_dropout": 0.0,
         "decoder_start_token_id": 1,
         "forced_eos_token_id": None,
+        "encoder_layerdrop": 0.0,
+        "decoder_layerdrop": 0.0,
     }
     return settings | changes
 
@@ -172,7 +175,9 @@ decoder(
 decoder(
     "falcon-new",
     "FalconForCausalLM",
-    lambda d: falcon_like(d, new_decoder_architecture=True, num_kv_heads=d.kv_heads),
+    lambda d: falcon_like(
+        d, new_decoder_architecture=True, num_kv_heads=d.kv_heads, parallel_attn=True
+    ),
 )
 decoder(
     "gpt-neox",
@@ -385,19 +390,23 @@ decoder(
     },
     may_refuse=True,
 )
-decoder(
-    "rwkv",
-    "RwkvForCausalLM",
-    lambda d: {
-        "vocab_size": d.vocab,
+
+
+@family("rwkv", "transformers", may_refuse=True)
+def rwkv(draw: Draw) -> Case:
+    """Its state, where it keeps one, is written in place, which has no gradient."""
+    settings = {
+        "vocab_size": draw.vocab,
         "context_length": 64,
-        "hidden_size": d.hidden,
-        "attention_hidden_size": d.hidden,
-        "intermediate_size": d.ffn,
+        "hidden_size": draw.hidden,
+        "attention_hidden_size": draw.hidden,
+        "intermediate_size": draw.ffn,
         "num_hidden_layers": 2,
-    },
-    may_refuse=True,
-)
+    }
+    case = text(draw, pretrained(draw, "RwkvForCausalLM", **settings).eval())
+    return replace(case, inputs={**case.inputs, "use_cache": False})
+
+
 decoder(
     "recurrent-gemma",
     "RecurrentGemmaForCausalLM",
@@ -564,7 +573,9 @@ image(
 image(
     "dinov3",
     "DINOv3ViTModel",
-    lambda d: vision(d, drop_path_rate=0.0, num_register_tokens=2, use_gated_mlp=d.coin()),
+    lambda d: vision(
+        d, drop_path_rate=0.0, num_register_tokens=2, use_gated_mlp=d.coin(), pos_embed_rescale=None
+    ),
 )
 image("ijepa", "IJepaForImageClassification", vision)
 image("vit-msn", "ViTMSNForImageClassification", vision)

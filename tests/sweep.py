@@ -7,6 +7,7 @@ Each case runs in a process of its own with thread ranks, so that nothing stops 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
 import multiprocessing
 import sys
@@ -20,7 +21,8 @@ import torch
 from transformers import LlamaForCausalLM  # noqa: F401  slow to import: once, before the forks
 
 import families
-from families import LIMIT, SHARE, Family
+import tp_native as tp
+from families import LIMIT, QUIET, SHARE, Case, Family
 from tp_native.config import TensorParallelConfig
 from tp_native.errors import PlanError
 
@@ -30,22 +32,19 @@ COLUMNS = "{:<28} {:>5} {:>4}  {:<8} {:>8} {:>8} {:>6} {:>8} {:>5} {:>6}  {}"
 def run(family: Family, world: int, seed: int, options: argparse.Namespace) -> tuple[str, str]:
     """(verdict, line) of one case."""
     begin = time.perf_counter()
-    cells = ["-", "-", "-", "-", "-"]
-    note = ""
+    cells = ["-"] * 5
+    blame = "DENSE"
     try:
         case = families.build(family.name, seed)
         dense = families.reference(case)
-        stage = "error"
+        blame = "error"
         if options.dense:
             verdict, cells, note = dense_cells(case, dense)
         else:
-            findings = families.tp.simulate(families.rank_finding, world, case, dense)
-            verdict, cells, note = cells_of(case, findings)
+            findings = tp.simulate(families.rank_finding, world, case, dense)
+            verdict, cells, note = cells_of(case, dense, findings)
     except Exception as error:
-        if "stage" not in locals():
-            stage = "DENSE"
-        refused = isinstance(error, PlanError) and family.may_refuse
-        verdict = "refused" if refused else stage
+        verdict = "refused" if isinstance(error, PlanError) and family.may_refuse else blame
         first = str(error).strip().splitlines() or [""]
         note = f"{type(error).__name__}: {first[0]}"
         if options.trace:
@@ -54,7 +53,9 @@ def run(family: Family, world: int, seed: int, options: argparse.Namespace) -> t
     return verdict, COLUMNS.format(family.name, world, seed, verdict, *cells, took, note)
 
 
-def cells_of(case: Any, findings: list[families.Finding]) -> tuple[str, list[str], str]:
+def cells_of(
+    case: Case, dense: families.Reference, findings: list[families.Finding]
+) -> tuple[str, list[str], str]:
     share, whole = families.sharded_share(families.weight_matrices(case.model), findings)
     output = max(found.output_error for found in findings)
     gap, name = max(found.worst_gradient for found in findings)
@@ -70,6 +71,10 @@ def cells_of(case: Any, findings: list[families.Finding]) -> tuple[str, list[str
     notes = []
     if not gap <= LIMIT:
         notes.append(f"gradient of {name}")
+        with contextlib.suppress(RuntimeError):
+            notes.append(
+                f"the dense model's own rounding is {families.rounding(case, dense)[1]:.1e}"
+            )
     if findings[0].state_differs:
         notes.append(f"state differs: {findings[0].state_differs[:3]}")
     if len(findings) > 1 and share < SHARE:
@@ -80,34 +85,29 @@ def cells_of(case: Any, findings: list[families.Finding]) -> tuple[str, list[str
     return verdict, cells, "; ".join(notes)
 
 
-def dense_cells(case: Any, dense: families.Reference) -> tuple[str, list[str], str]:
+def dense_cells(case: Case, dense: families.Reference) -> tuple[str, list[str], str]:
     """How the dense model's own fp32 rounding compares with the bar: a second run in fp64."""
-    wide = case.model.double()
-    inputs = {
-        k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
-        for k, v in case.inputs.items()
-    }
-    exact = families.reference(families.Case(wide, inputs, case.output, None, case.has_gradients))
-    errors: dict[str, float] = {}
-    for name, gradient in dense.gradients.items():
-        expected = exact.gradients[name]
-        if gradient is not None and expected is not None:
-            holder = torch.nn.Parameter(gradient)
-            holder.grad = gradient
-            error = families.gradient_error(holder, expected.float(), dense.largest)
-            errors[name] = 0.0 if error is None else error
-    gap, name = max(((e, n) for n, e in errors.items()), default=(0.0, ""))
-    output = families.error_of(dense.output.double(), exact.output)
-    idle = [name for name, gradient in dense.gradients.items() if gradient is None]
-    variety = dense.output.std().item()
-    said = "-" if dense.tokens is None else "yes"
     count = sum(families.weight_matrices(case.model).values())
-    cells = [f"{output:.1e}", f"{gap:.1e}", f"{count}", "-", said]
-    note = f"std {variety:.2g}" + (f"; gradient of {name}" if not gap <= LIMIT / 2 else "")
+    notes = [f"std {dense.output.std().item():.2g}"]
+    idle = [n for n, gradient in dense.gradients.items() if gradient is None]
     if idle and case.has_gradients:
-        note += f"; no gradient: {idle[:3]}"
-    finite = bool(dense.output.isfinite().all())
-    return "ok" if finite and output <= LIMIT else "NOISY", cells, note
+        notes.append(f"no gradient: {', '.join(idle[:3])}{' ...' if len(idle) > 3 else ''}")
+    output = gap = float("nan")
+    try:
+        output, gap, name = families.rounding(case, dense)
+    except RuntimeError as error:
+        notes.append(f"not in fp64: {str(error).splitlines()[0]}")
+    else:
+        if gap > QUIET:
+            notes.append(f"gradient of {name}")
+    said = "-" if dense.tokens is None else "yes"
+    cells = [f"{output:.1e}", f"{gap:.1e}" if case.has_gradients else "-", f"{count}", "-", said]
+    verdict = "ok"
+    if not dense.output.isfinite().all():
+        verdict = "NAN"
+    elif output > QUIET or gap > QUIET:
+        verdict = "noisy"
+    return verdict, cells, "; ".join(notes)
 
 
 def child(pipe: Connection, family: Family, world: int, seed: int, options: Any) -> None:
