@@ -26,6 +26,7 @@ from .nn import (
     ShardedModule,
     VocabParallelEmbedding,
     is_conv1d,
+    mark_of,
     summed,
 )
 from .nn.lora import has_lora
@@ -240,6 +241,13 @@ def _apply(model: nn.Module, plan: ShardPlan, group: Group) -> list[Callable[[],
         module = model.get_submodule(name)
         undo.append(partial(setattr, module, "__class__", type(module)))
         _sum_gradients(module, locals_, group)
+    for follower, owner in plan.followers.items():
+        name, _, local = follower.rpartition(".")
+        module = model.get_submodule(name)
+        undo.append(partial(module._parameters.__setitem__, local, module._parameters[local]))
+        module._parameters[local] = model.get_parameter(owner)
+        handle = module.register_load_state_dict_pre_hook(partial(_take_share, local))
+        undo.append(handle.remove)
     for name in plan.summed:
         handle = model.get_submodule(name).register_forward_hook(partial(_sum_output, group))
         undo.append(handle.remove)
@@ -344,6 +352,17 @@ def _sum_gradients(module: nn.Module, names: Sequence[str], group: Group) -> Non
     body: dict[str, Any] = {name: property(reader(name)) for name in names}
     body |= {"__module__": kind.__module__, "group": group, "partial_gradients": tuple(names)}
     module.__class__ = type(kind.__name__, (kind,), body)
+
+
+def _take_share(
+    local: str, module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any
+) -> None:
+    """A hook on loading: this rank's part of a whole parameter that follows a cut one."""
+    key, parameter = prefix + local, module._parameters[local]
+    value = state_dict.get(key)
+    mark = mark_of(parameter) if parameter is not None else None
+    if isinstance(value, Tensor) and mark is not None and value.shape != parameter.shape:
+        state_dict[key] = mark.local(value)
 
 
 def _sum_output(group: Group, module: nn.Module, args: Any, output: Any) -> Any:

@@ -35,7 +35,7 @@ def rows(plan: ShardPlan) -> list[Row]:
     made = []
     for names in folded.values():
         entry = plan.entries[names[0]]
-        params = [f"{n}.{local}".lstrip(".") for n in names for local in entry.shards]
+        params = [f"{n}.{local}".lstrip(".") for n in names for local in plan.entries[n].shards]
         held = [param for param in params if param not in plan.aliases]
         sizes = tuple(
             sum(plan.held_bytes(p, rank) for p in held) for rank in range(plan.world_size)

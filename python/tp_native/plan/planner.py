@@ -106,7 +106,7 @@ class _Planner:
         self.entries: dict[str, ShardEntry] = {}
         self.whole: dict[str, str] = {}
         self.followed: Followed | None = None
-        self.sources: list[str] = []
+        self.followers: dict[str, str] = {}
 
     def _accessors(self) -> dict[str, Given]:
         """Embedding and head, where transformers' accessors name them."""
@@ -214,6 +214,7 @@ class _Planner:
             translated=self.followed.translated if self.followed else {},
             summed=tuple(n for n, g in self.given.items() if g.style == ALL_REDUCE),
             whole=self.whole,
+            followers=self.followers,
         )
 
     def _partial(self) -> tuple[str, ...]:
@@ -233,6 +234,9 @@ class _Planner:
             return
         if style not in _STYLES_OF[leaf.kind]:
             self._refuse(name, given)
+        paired = (COLUMN, ROW, PACKED_COLUMN, PACKED_ROW)
+        if style in paired and not given.is_rule and self.followed and not self.followed.failure:
+            return  # the structure shows that its pair can't be cut: alone
         why = self._unfit(name)
         if why is not None and not given.is_rule:
             self.whole[name] = why
@@ -386,28 +390,38 @@ class _Planner:
     # -- ties
 
     def _settle_ties(self) -> None:
-        """One tied parameter is cut one way: else all its modules stay whole, if nobody minds."""
+        """One tied parameter is cut one way: else all its modules stay whole, if nobody minds.
+
+        A module that only keeps a parameter for another one, and never reads it, follows.
+        """
         holders: dict[int, list[tuple[str, str]]] = {}
         for name, module in self.modules.items():
             for local, param in module._parameters.items():
                 if param is not None:
                     holders.setdefault(id(param), []).append((name, local))
-        for places in holders.values():
-            cuts = {self._cut_of(*place) for place in places}
-            if len(cuts) < 2:
-                continue
-            rules = [n for n, _ in places if (g := self.given.get(n)) is not None and g.is_rule]
-            if rules:
-                first, other = (f"{n}.{p}" for n, p in places[:2])
+        tied = [places for places in holders.values() if len(places) > 1]
+        while odd := next((places for places in tied if self._is_torn(places)), None):
+            if any((g := self.given.get(n)) is not None and g.is_rule for n, _ in odd):
+                first, other = (f"{n}.{p}" for n, p in odd[:2])
                 raise PlanError(
                     f"{other} and {first} are one tied parameter but would be cut differently; "
                     "give both modules styles that split the same dimension, or 'replicate' for "
                     "both"
                 )
-            for name, _ in places:
+            for name, _ in odd:
                 if self.entries.pop(name, None) is not None:
-                    others = ", ".join(n for n, _ in places if n != name)
+                    others = ", ".join(n for n, _ in odd if n != name)
                     self.whole[name] = f"tied to {others}, which can't be cut alike"
+        for places in tied:
+            owner = next((place for place in places if self._cut_of(*place) is not None), None)
+            for name, local in places if owner is not None else ():
+                if name not in self.entries:
+                    self.followers[f"{name}.{local}".lstrip(".")] = ".".join(owner).lstrip(".")
+
+    def _is_torn(self, places: Sequence[tuple[str, str]]) -> bool:
+        can_tell = self.followed is not None and not self.followed.failure
+        used = [p for p in places if p[0] in self.leaves or not can_tell]
+        return len({self._cut_of(*place) for place in used}) > 1
 
     def _cut_of(self, module: str, local: str) -> tuple[Any, ...] | None:
         entry = self.entries.get(module)

@@ -73,7 +73,8 @@ class ShardPlan:
     by module and name, with each rank's value. ``translated``: modules whose code has whole sizes
     written into it and runs with these translated to local ones. ``summed``: modules whose outputs
     are summed over the ranks. ``whole``: modules with matrices that every rank holds whole, and
-    why.
+    why. ``followers``: tied parameters that a module keeps but never reads, with the name under
+    which it is cut.
     """
 
     world_size: int
@@ -87,7 +88,7 @@ class ShardPlan:
     translated: Mapping[str, str] = field(default_factory=dict)
     summed: tuple[str, ...] = ()
     whole: Mapping[str, str] = field(default_factory=dict)
-    source: str = ""
+    followers: Mapping[str, str] = field(default_factory=dict)
 
     def shard(self, param_name: str) -> Shard | None:
         """The cut of a parameter by its dense name; None if every rank holds the whole."""
@@ -96,6 +97,7 @@ class ShardPlan:
                 f"{param_name!r} is not a parameter of {self.model_name}; names look like "
                 f"{next(iter(self.shapes), 'none: it has no parameters')!r}"
             )
+        param_name = self.followers.get(param_name, param_name)
         module, local = param_name, ""
         while module:
             module, _, name = module.rpartition(".")

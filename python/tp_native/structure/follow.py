@@ -6,12 +6,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+)
 
 from .axes import parts
 from .inputs import Inputs, guesses
 from .replay import Attributes, fit
 from .solve import Pair, Solution, cut_pair, find_pairs, gradients
 from .trace import Event, Leaf, Trace, trace
+
+_NO_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 
 Fits = Callable[[Sequence[str], Sequence[str]], bool]
 
@@ -89,11 +95,17 @@ def follow(
 
 def _trace(model: nn.Module, inputs: Inputs | None) -> tuple[Trace | None, Inputs | None, str]:
     failure = ""
+    has_values = not any(p.is_meta for p in model.parameters())
     for args, kwargs in [inputs] if inputs is not None else guesses(model):
-        try:
-            return trace(model, args, kwargs), (args, kwargs), ""
-        except Exception as error:
-            failure = failure or f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        for is_fake in (True, False):
+            try:
+                return trace(model, args, kwargs, is_fake=is_fake), (args, kwargs), ""
+            except Exception as error:
+                said = (str(error).splitlines() or [""])[0]
+                failure = failure or f"{type(error).__name__}: {said}"
+                # fake tensors have no values to branch on; the model's own do
+                if not has_values or not isinstance(error, _NO_VALUES):
+                    break
     return None, None, failure or "no inputs to try"
 
 

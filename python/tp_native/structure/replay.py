@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from . import rules
 from .axes import leaves
 from .solve import Solution
-from .trace import Event, Leaf, Trace, Tracer, Value, run_fake
+from .trace import Event, Leaf, Trace, Tracer, Value, run
 
 # Calls whose integers are sizes, which differ between ranks.
 _SIZED = frozenset(
@@ -128,32 +128,30 @@ class _Replay(Tracer):
         return len(event.outs) == 1 and before == after
 
     def call_leaf(self, leaf: Leaf, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        x = next(rules.tensors((args, kwargs)))
-        if leaf.name in self.rows:
-            assert leaf.in_axis is not None
-            width = self.solution.local_size([leaf.in_axis], self.rank)
-            if x.shape[-1] != width:
-                raise Departure(self.event, f"{leaf.name} gets {x.shape[-1]} features, not {width}")
-            result = self._wide(leaf, x, _width(leaf))
-        elif leaf.name in self.columns:
-            assert leaf.out_axis is not None
-            result = self._wide(leaf, x, self.solution.local_size([leaf.out_axis], self.rank))
+        event = self.event
+        if leaf.name in self.rows or leaf.name in self.columns:
+            if event is None or event.leaf != leaf.name:
+                raise Departure(event, f"calls {leaf.name}")
+            x = next(rules.tensors((args, kwargs)))
+            if leaf.kind != "embedding":
+                given = self.expected(event.ins[0])
+                if tuple(x.shape) != given:
+                    raise Departure(event, f"{leaf.name} gets {list(x.shape)}, not {list(given)}")
+            with self._pause():
+                result: Any = self._local(event.outs[0])
         else:
             with self._pause():
                 result = forward(*args, **kwargs)
         self._compare("leaf", list(rules.tensors(result)), ())
         return result
 
-    def _wide(self, leaf: Leaf, x: Tensor, width: int) -> Tensor:
-        shape = x.shape if leaf.kind == "embedding" else x.shape[:-1]
-        weight = next(leaf.module.parameters())
-        with self._pause():
-            return torch.empty((*shape, width), dtype=weight.dtype).requires_grad_().clone()
-
-
-def _width(leaf: Leaf) -> int:
-    assert leaf.out_axis is not None
-    return leaf.out_axis.size
+    def _local(self, value: Value) -> Tensor:
+        """This rank's part of a dense activation."""
+        part = value.tensor
+        for at, dim in enumerate(value.dims or ()):
+            pieces = [part.narrow(at, a, b - a) for a, b in self.solution.ranges(dim, self.rank)]
+            part = torch.cat(pieces, at) if pieces else part.narrow(at, 0, 0)
+        return part.clone()
 
 
 def _alike(dense: tuple[Any, ...], local: tuple[Any, ...], are_sizes: bool) -> bool:
@@ -195,10 +193,10 @@ def replay(
     Raises: Departure where its code does not follow the cuts.
     """
     runner = _Replay(model, trace.leaves, trace, solution, rank)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if trace.is_fake else None
     with local_attributes(model, attributes, rank), _quiet():
         try:
-            run_fake(model, mode, runner, trace.leaves, runner.call_leaf, args, kwargs)
+            run(model, mode, runner, trace.leaves, args, kwargs)
         except Departure:
             raise
         except Exception as error:

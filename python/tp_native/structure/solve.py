@@ -92,10 +92,11 @@ class Solution:
 
     def layout(self, axis: Axis) -> ShardLayout:
         """Where each rank's part of a weight's axis lies."""
-        ranges = tuple(tuple(_merged(self._ranges([axis], rank))) for rank in range(self.ranks))
+        ranges = tuple(tuple(_merged(self.ranges([axis], rank))) for rank in range(self.ranks))
         return ShardLayout(axis.size, _aligned(ranges))
 
-    def _ranges(self, dim: Sequence[Axis], rank: int) -> list[Range]:
+    def ranges(self, dim: Sequence[Axis], rank: int) -> list[Range]:
+        """Where one rank's part of a dimension lies in the whole."""
         factors = leaves(dim)
         held: list[Range] = [(0, 1)]
         size = 1
@@ -124,7 +125,7 @@ class Solution:
     def _of_segments(self, segments: Sequence[Axis], rank: int) -> list[Range]:
         held, start = [], 0
         for part in segments:
-            held += [(start + a, start + b) for a, b in self._ranges([part], rank)]
+            held += [(start + a, start + b) for a, b in self.ranges([part], rank)]
             start += part.size
         return held
 

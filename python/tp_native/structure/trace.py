@@ -40,12 +40,16 @@ _METADATA = frozenset(
 class Value:
     """One activation: its dimensions' axes (None: of no weight) and whether gradients reach it."""
 
-    shape: tuple[int, ...]
+    tensor: Tensor
     dims: list[Dim] | None
     is_differentiable: bool
     parameter: str | None = None
     is_input: bool = False
     is_constant: bool = False  # one number everywhere: any part is like any other
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
 
 
 @dataclass(eq=False)
@@ -80,6 +84,7 @@ class Trace:
     reached: set[str] = field(default_factory=set)
     read_elsewhere: dict[str, str] = field(default_factory=dict)  # leaf -> where
     outputs: list[Value] = field(default_factory=list)
+    is_fake: bool = True
 
 
 def leaf_kind(module: nn.Module) -> str | None:
@@ -130,7 +135,7 @@ def _looks_up_by_super(module: nn.Embedding) -> bool:
     if any(b.is_meta for b in module.buffers()) or set(module._parameters) != {"weight"}:
         return False
     generator = torch.Generator().manual_seed(0)
-    table = torch.randn(4, module.embedding_dim, generator=generator)
+    table = torch.randn(64, module.embedding_dim, generator=generator)
 
     class _Base(nn.Embedding):
         def forward(self, input: Tensor) -> Tensor:
@@ -141,7 +146,7 @@ def _looks_up_by_super(module: nn.Embedding) -> bool:
         results = []
         for cls, weight in ((kind, table), (probe, torch.full_like(table, float("nan")))):
             twin = copy.copy(module)
-            twin.__dict__ = {**module.__dict__, "padding_idx": None, "num_embeddings": 4}
+            twin.__dict__ = {**module.__dict__, "padding_idx": None, "num_embeddings": 64}
             twin.__dict__["_parameters"] = {"weight": nn.Parameter(weight, requires_grad=False)}
             twin.__class__ = cls
             with torch.no_grad():
@@ -179,7 +184,6 @@ class Tracer(TorchFunctionMode):
         self.model = model
         self.trace = Trace(found)
         self.values: dict[int, Value] = {}
-        self.alive: list[Any] = []  # ids are told apart only while their tensors live
         self.stack: list[str] = []
         self.leaf_parameters: dict[int, str] = {}
         self.paused = 0
@@ -194,9 +198,8 @@ class Tracer(TorchFunctionMode):
         return known
 
     def _remember(self, tensor: Tensor, dims: list[Dim] | None, differentiable: bool) -> Value:
-        value = Value(tuple(tensor.shape), dims, differentiable and tensor.is_floating_point())
-        self.values[id(tensor)] = value
-        self.alive.append(tensor)
+        value = Value(tensor, dims, differentiable and tensor.is_floating_point())
+        self.values[id(tensor)] = value  # keeps the tensor, so that its id stays its own
         return value
 
     def add_parameter(self, name: str, tensor: Tensor, leaf: str | None) -> None:
@@ -312,7 +315,7 @@ class Tracer(TorchFunctionMode):
         if leaf.in_axis is None:
             return [*(opaque(size) for size in out.shape[:-1]), [leaf.out_axis]]
         if x.dims is None:
-            # what comes from no weight is whole on every rank
+            mix([leaf.in_axis], "what comes from no weight is whole on every rank")
             return [*(opaque(size) for size in out.shape[:-1]), [leaf.out_axis]]
         join(x.dims[-1], [leaf.in_axis], f"the input of {leaf.name}")
         return [*x.dims[:-1], [leaf.out_axis]]
@@ -436,56 +439,64 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def run_fake(
+def run(
     model: nn.Module,
-    mode: FakeTensorMode,
+    mode: FakeTensorMode | None,
     tracer: Tracer,
     found: Mapping[str, Leaf],
-    call_leaf: Callable[[Leaf, Callable[..., Any], Any, Any], Any],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
 ) -> Any:
-    """The model's forward on fake tensors, every function and leaf through ``tracer``."""
+    """The model's forward, every function and leaf through ``tracer``: on fake tensors under
+    ``mode``, or on the model's own where it needs values.
+    """
     owners = {id(p): leaf.name for leaf in found.values() for p in leaf.module.parameters()}
     dense = dict(model.named_parameters(remove_duplicate=False))
-    with (
-        fake_weights(model, mode) as fakes,
-        leaf_forwards(found, call_leaf),
-        module_stack(model, tracer.stack),
-        eval_mode(model),
-        torch.enable_grad(),
-        mode,
-    ):
-        for name, fake in fakes.items():
-            if id(fake) not in tracer.values:
-                tracer.add_parameter(name, fake, owners.get(id(dense[name])))
-        given = _fake_inputs((tuple(args), dict(kwargs)), mode)
+    with contextlib.ExitStack() as stack:
+        weights = dense if mode is None else stack.enter_context(fake_weights(model, mode))
+        stack.enter_context(leaf_forwards(found, tracer.call_leaf))
+        stack.enter_context(module_stack(model, tracer.stack))
+        stack.enter_context(eval_mode(model))
+        stack.enter_context(torch.enable_grad())
+        if mode is not None:
+            stack.enter_context(mode)
+        for name, weight in weights.items():
+            if id(weight) not in tracer.values:
+                tracer.add_parameter(name, weight, owners.get(id(dense[name])))
+        place = next(iter(dense.values())).device if mode is None and dense else None
+        given = _stand_ins((tuple(args), dict(kwargs)), mode, place)
         for tensor in rules.tensors(given):
             tracer.add_input(tensor)
         with tracer:
             return model(*given[0], **given[1])
 
 
-def _fake_inputs(given: Any, mode: FakeTensorMode) -> Any:
+def _stand_ins(given: Any, mode: FakeTensorMode | None, place: torch.device | None) -> Any:
     if isinstance(given, Tensor):
+        if mode is None:
+            return given.detach().to(place, copy=True)
         with mode:
             return torch.empty(given.shape, dtype=given.dtype, device="cpu")
     if isinstance(given, dict):
-        return {key: _fake_inputs(item, mode) for key, item in given.items()}
+        return {key: _stand_ins(item, mode, place) for key, item in given.items()}
     if isinstance(given, (tuple, list)):
-        return type(given)(_fake_inputs(item, mode) for item in given)
+        return type(given)(_stand_ins(item, mode, place) for item in given)
     return given
 
 
-def trace(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Trace:
-    """Follow one forward pass of ``model``; its weights are neither read nor changed.
+def trace(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, is_fake: bool = True
+) -> Trace:
+    """Follow one forward pass of ``model``; its weights are not changed and, where ``is_fake``,
+    not read.
 
     Raises: whatever the model raises on these inputs.
     """
     found = find_leaves(model)
     tracer = Tracer(model, found)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    output = run_fake(model, mode, tracer, found, tracer.call_leaf, args, kwargs)
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if is_fake else None
+    output = run(model, mode, tracer, found, args, kwargs)
+    tracer.trace.is_fake = is_fake
     for tensor in rules.tensors(output):
         value = tracer.value_of(tensor)
         tracer.trace.outputs.append(value)
