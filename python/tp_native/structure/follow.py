@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import (
 
 from .axes import parts
 from .inputs import Inputs, guesses
-from .replay import Attributes, fit
+from .replay import Attributes, Fitter
 from .solve import Pair, Solution, cut_pair, find_pairs, gradients
 from .trace import Event, Leaf, Trace, trace
 
@@ -74,19 +74,20 @@ def follow(
         result.solution = Solution(ranks, cuts)
         bad = _overlapping(result, pairs)
         if not bad:
-            found_gradients = gradients(seen, result.solution)
-            if found_gradients.conflict is not None:
-                event, why = found_gradients.conflict
-                bad = {id(p): f"{why} ({_place(event)})" for p in _blame(result, pairs, event)}
+            fitted = Fitter(model, seen, result.solution, *used).find()
+            if fitted.departure is not None:
+                blamed = _blame(result, pairs, fitted.departure.event)
+                bad = {id(pair): f"its code has whole sizes: {fitted.departure}" for pair in blamed}
         if not bad:
-            fitted = fit(model, seen, result.solution, *used)
-            if fitted.departure is None:
+            flow = gradients(seen, result.solution, fitted.regions)
+            if flow.conflict is None:
                 result.attributes = fitted.attributes
-                result.partial = found_gradients.partial
-                result.partial_outputs = found_gradients.partial_outputs
+                result.translated = fitted.regions
+                result.partial = flow.partial
+                result.partial_outputs = flow.partial_outputs
                 return result
-            blamed = _blame(result, pairs, fitted.departure.event)
-            bad = {id(pair): f"its code has whole sizes: {fitted.departure}" for pair in blamed}
+            event, why = flow.conflict
+            bad = {id(p): f"{why} ({_place(event)})" for p in _blame(result, pairs, event)}
         for pair in pairs:
             if id(pair) in bad:
                 result.dropped.update(dict.fromkeys(pair.members, bad[id(pair)]))

@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from . import rules
-from .axes import leaves
+from .axes import Axis, leaves
 from .solve import Solution
 from .trace import Event, Leaf, Trace, Tracer, Value, run
+from .translate import Translator
 
 # Calls whose integers are sizes, which differ between ranks.
 _SIZED = frozenset(
@@ -77,10 +78,19 @@ class Departure(Exception):
 
 class _Replay(Tracer):
     def __init__(
-        self, model: nn.Module, found: dict[str, Leaf], trace: Trace, solution: Solution, rank: int
+        self,
+        model: nn.Module,
+        found: dict[str, Leaf],
+        trace: Trace,
+        solution: Solution,
+        rank: int,
+        regions: Collection[str],
     ) -> None:
         super().__init__(model, found)
         self.dense = trace.events
+        self.spans = trace.spans
+        self.regions = regions
+        self.translator: Translator | None = None
         self.solution = solution
         self.rank = rank
         self.at = 0
@@ -95,6 +105,12 @@ class _Replay(Tracer):
         if value.dims is None:
             return value.shape
         return tuple(self.solution.local_size(dim, self.rank) for dim in value.dims)
+
+    def enter(self, name: str) -> None:
+        """Nothing to note."""
+
+    def leave(self, output: Any) -> None:
+        """Nothing to note."""
 
     def call(
         self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -127,7 +143,47 @@ class _Replay(Tracer):
         before, after = (math.prod(self.expected(v)) for v in (event.ins[0], event.outs[0]))
         return len(event.outs) == 1 and before == after
 
+    def call_region(self, name: str, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A translated module's forward: what it gives is compared, not how."""
+        if self.translator is not None:
+            return forward(*args, **kwargs)
+        span = next((s for s in self.spans if s.module == name and s.start == self.at), None)
+        if span is None:
+            raise Departure(self.event, f"calls {name}")
+        self.translator = Translator(self.solution, self.rank, name, lambda tensor: tensor)
+        try:
+            with self._pause(), self.translator:
+                result = forward(*args, **kwargs)
+        finally:
+            self.translator = None
+        outs = list(rules.tensors(result))
+        expected = [self.expected(value) for value in span.outs]
+        if [tuple(out.shape) for out in outs] != expected:
+            raise Departure(self.event, f"{name} gives other shapes than {expected}")
+        self.at = span.stop
+        return result
+
+    def _in_region(self, leaf: Leaf, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        assert self.translator is not None
+        x = next(rules.tensors((args, kwargs)))
+        with torch._C.DisableTorchFunction():
+            if leaf.name in self.columns:
+                assert leaf.out_axis is not None
+                y = _blank(leaf, x, self.solution.local_size([leaf.out_axis], self.rank))
+            elif leaf.name in self.rows:
+                assert leaf.in_axis is not None and leaf.out_axis is not None
+                if x.shape[-1] != self.solution.local_size([leaf.in_axis], self.rank):
+                    raise Departure(None, f"{leaf.name} gets {list(x.shape)}")
+                y = _blank(leaf, x, leaf.out_axis.size)
+            else:
+                return forward(*args, **kwargs)
+        return self.translator.leaf_output(
+            y, x, leaf.out_axis if leaf.name in self.columns else None
+        )
+
     def call_leaf(self, leaf: Leaf, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if self.translator is not None:
+            return self._in_region(leaf, forward, args, kwargs)
         event = self.event
         if leaf.name in self.rows or leaf.name in self.columns:
             if event is None or event.leaf != leaf.name:
@@ -152,6 +208,14 @@ class _Replay(Tracer):
             pieces = [part.narrow(at, a, b - a) for a, b in self.solution.ranges(dim, self.rank)]
             part = torch.cat(pieces, at) if pieces else part.narrow(at, 0, 0)
         return part.clone()
+
+
+def _blank(leaf: Leaf, x: Tensor, width: int) -> Tensor:
+    weight = next(leaf.module.parameters())
+    shape = x.shape if leaf.kind == "embedding" else x.shape[:-1]
+    return (
+        torch.zeros((*shape, width), dtype=weight.dtype, device=x.device).requires_grad_().clone()
+    )
 
 
 def _alike(dense: tuple[Any, ...], local: tuple[Any, ...], are_sizes: bool) -> bool:
@@ -185,16 +249,17 @@ def replay(
     solution: Solution,
     rank: int,
     attributes: Attributes,
+    regions: Collection[str],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
 ) -> None:
-    """Run the model on ``rank``'s sizes.
+    """Run the model on ``rank``'s sizes, ``regions`` translated.
 
     Raises: Departure where its code does not follow the cuts.
     """
-    runner = _Replay(model, trace.leaves, trace, solution, rank)
+    runner = _Replay(model, trace.leaves, trace, solution, rank, regions)
     mode = FakeTensorMode(allow_non_fake_inputs=True) if trace.is_fake else None
-    with local_attributes(model, attributes, rank), _quiet():
+    with local_attributes(model, attributes, rank), _quiet(), _region_forwards(model, runner):
         try:
             run(model, mode, runner, trace.leaves, args, kwargs)
         except Departure:
@@ -203,6 +268,23 @@ def replay(
             raise Departure(runner.event, f"{type(error).__name__}: {error}") from error
     if runner.event is not None:
         raise Departure(runner.event, "stops early")
+
+
+@contextlib.contextmanager
+def _region_forwards(model: nn.Module, runner: _Replay) -> Iterator[None]:
+    """Send the forwards of translated modules through ``runner`` while the block runs."""
+
+    def hooked(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: runner.call_region(name, forward, args, kwargs)
+
+    modules = [model.get_submodule(name) for name in runner.regions]
+    try:
+        for name, module in zip(runner.regions, modules, strict=True):
+            module.__dict__["forward"] = hooked(name, module.forward)
+        yield
+    finally:
+        for module in modules:
+            module.__dict__.pop("forward", None)
 
 
 @contextlib.contextmanager
@@ -222,103 +304,152 @@ def _quiet() -> Iterator[None]:
 
 @dataclass
 class Fit:
-    """How the model's code is brought to run on local sizes."""
+    """How the model's code is brought to run on local sizes: values for attributes that it reads,
+    and ``regions``, modules that are translated. ``departure``: where it still departs.
+    """
 
     attributes: Attributes = field(default_factory=dict)
+    regions: dict[str, str] = field(default_factory=dict)
     departure: Departure | None = None
 
 
-def fit(
-    model: nn.Module,
-    trace: Trace,
-    solution: Solution,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-) -> Fit:
-    """Find attribute values with which the code runs on every rank's sizes.
+class Fitter:
+    """Finds a `Fit` for one model and its cuts."""
 
-    Tried on modules of a class together: none, then the fewest integers that equal a size which is
-    cut. ``departure`` says where the code still departs.
-    """
-    found = Fit()
-    ranks = _unlike_ranks(trace, solution)
-    tried: set[str] = set()
-    while True:
-        found.departure = _first_departure(
-            model, trace, solution, ranks, found.attributes, args, kwargs
-        )
-        if found.departure is None:
-            return found
-        event = found.departure.event
-        owner = _owner(model, event) if event is not None else None
-        if owner is None or owner in tried:
-            return found
-        tried.add(owner)
-        best = _fit_class(model, trace, solution, ranks, found, owner, args, kwargs)
-        if best is None:
-            return found
-        found.attributes.update(best)
+    def __init__(
+        self,
+        model: nn.Module,
+        trace: Trace,
+        solution: Solution,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        self.model, self.trace, self.solution = model, trace, solution
+        self.args, self.kwargs = args, kwargs
+        self.ranks = _unlike_ranks(solution)
+        self.fit = Fit()
+
+    def find(self) -> Fit:
+        """Attribute values first, tried on all modules of a class together: the fewest integers
+        that equal a size which is cut. Where none do, modules of that class are translated.
+        """
+        tried: set[tuple[str, str]] = set()
+        while True:
+            self.fit.departure = departure = self._first_departure()
+            if departure is None or departure.event is None:
+                return self.fit
+            owner = _owner(departure.event)
+            if ("attributes", owner) not in tried:
+                tried.add(("attributes", owner))
+                best = self._attributes_for(owner, departure)
+                if best is not None:
+                    self.fit.attributes.update(best)
+                    continue
+            region = self._region_for(owner)
+            if region is None or ("region", region) in tried:
+                return self.fit
+            tried.add(("region", region))
+            self._translate(region, str(departure))
+
+    def _translate(self, region: str, why: str) -> None:
+        """Translate a module and all of its class."""
+        kind = type(self.model.get_submodule(region))
+        called = {span.module for span in self.trace.spans}
+        for name, module in self.model.named_modules():
+            if type(module) is kind and name in called:
+                self.fit.regions[name] = why
+                self.fit.attributes.pop(name, None)
+
+    def _region_for(self, owner: str) -> str | None:
+        """The nearest module around ``owner`` that has leaves of both sides of a pair."""
+        while owner:
+            inside = f"{owner}."
+            for cut in self.solution.cuts:
+                sides = (cut.pair.producers, cut.pair.consumers)
+                if all(any(name.startswith(inside) for name in side) for side in sides):
+                    return owner
+            owner = owner.rpartition(".")[0]
+        return None
+
+    def _attributes_for(self, owner: str, departure: Departure) -> Attributes | None:
+        """Values for all modules of the owner's class that get past its departure."""
+        kind = type(self.model.get_submodule(owner))
+        alike = [name for name, module in self.model.named_modules() if type(module) is kind]
+        choices = {name: self._candidates(name) for name in alike}
+        names = sorted({attribute for values in choices.values() for attribute in values})
+        reached = _position(self.trace, departure)
+        for count in range(1, len(names) + 1 if len(names) <= 6 else 3):
+            for chosen in itertools.combinations(names, count):
+                attributes = {
+                    name: kept
+                    for name, values in choices.items()
+                    if (kept := {a: v for a, v in values.items() if a in chosen})
+                }
+                left = self._first_departure({**self.fit.attributes, **attributes})
+                if left is None or (
+                    _position(self.trace, left) > reached
+                    and left.event is not None
+                    and type(self.model.get_submodule(left.event.module)) is not kind
+                ):
+                    return attributes
+        return None
+
+    def _first_departure(self, attributes: Attributes | None = None) -> Departure | None:
+        attributes = self.fit.attributes if attributes is None else attributes
+        for rank in self.ranks:
+            try:
+                replay(
+                    self.model,
+                    self.trace,
+                    self.solution,
+                    rank,
+                    attributes,
+                    self.fit.regions,
+                    self.args,
+                    self.kwargs,
+                )
+            except Departure as departure:
+                return departure
+        return None
+
+    def _candidates(self, owner: str) -> dict[str, tuple[int, ...]]:
+        """Integer attributes of a module that equal a size which is cut there, with local values."""
+        sizes: dict[int, tuple[int, ...]] = {}
+        for event in self.trace.events:
+            here = event.module == owner or event.module.rpartition(".")[0] == owner
+            for value in [*event.ins, *event.outs] if here else ():
+                for dim in value.dims or ():
+                    for part in (dim, *([leaf] for leaf in leaves(dim))):
+                        self._add_size(sizes, part)
+        local = dict(sizes)
+        # heads per key/value head
+        for (a, many), (b, few) in itertools.permutations(sizes.items(), 2):
+            divides = a > b and a % b == 0 and a // b not in sizes
+            if divides and all(y and x % y == 0 for x, y in zip(many, few, strict=True)):
+                ratio = tuple(x // y for x, y in zip(many, few, strict=True))
+                if set(ratio) != {a // b}:
+                    local[a // b] = ratio
+        return {
+            name: local[value]
+            for name, value in vars(self.model.get_submodule(owner)).items()
+            if type(value) is int and value in local
+        }
+
+    def _add_size(self, sizes: dict[int, tuple[int, ...]], part: Sequence[Axis]) -> None:
+        whole = math.prod(axis.size for axis in part)
+        ranks = range(self.solution.ranks)
+        per_rank = tuple(self.solution.local_size(part, rank) for rank in ranks)
+        if set(per_rank) != {whole}:
+            sizes[whole] = per_rank
 
 
-def _fit_class(
-    model: nn.Module,
-    trace: Trace,
-    solution: Solution,
-    ranks: Sequence[int],
-    found: Fit,
-    owner: str,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-) -> Attributes | None:
-    """Values for all modules of the owner's class that get past its departure."""
-    kind = type(model.get_submodule(owner))
-    alike = [name for name, module in model.named_modules() if type(module) is kind]
-    choices = {name: _candidates(model, trace, solution, name) for name in alike}
-    names = sorted({attribute for values in choices.values() for attribute in values})
-    reached = _position(trace, found.departure)
-    for count in range(1, len(names) + 1):
-        for chosen in itertools.combinations(names, count):
-            attributes = {
-                name: {a: v for a, v in values.items() if a in chosen}
-                for name, values in choices.items()
-            }
-            attempt = {**found.attributes, **{n: v for n, v in attributes.items() if v}}
-            left = _first_departure(model, trace, solution, ranks, attempt, args, kwargs)
-            if left is None or (
-                _position(trace, left) > reached
-                and left.event is not None
-                and type(model.get_submodule(left.event.module)) is not kind
-            ):
-                return {n: v for n, v in attributes.items() if v}
-        if len(names) > 6 and count == 2:
-            break
-    return None
-
-
-def _position(trace: Trace, departure: Departure | None) -> int:
-    if departure is None or departure.event is None:
+def _position(trace: Trace, departure: Departure) -> int:
+    if departure.event is None:
         return len(trace.events)
     return trace.events.index(departure.event)
 
 
-def _first_departure(
-    model: nn.Module,
-    trace: Trace,
-    solution: Solution,
-    ranks: Sequence[int],
-    attributes: Attributes,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-) -> Departure | None:
-    for rank in ranks:
-        try:
-            replay(model, trace, solution, rank, attributes, args, kwargs)
-        except Departure as departure:
-            return departure
-    return None
-
-
-def _unlike_ranks(trace: Trace, solution: Solution) -> list[int]:
+def _unlike_ranks(solution: Solution) -> list[int]:
     """One rank for each set of local sizes."""
     seen: dict[tuple[int, ...], int] = {}
     for rank in range(solution.ranks):
@@ -331,42 +462,6 @@ def _unlike_ranks(trace: Trace, solution: Solution) -> list[int]:
     return sorted(seen.values())
 
 
-def _owner(model: nn.Module, event: Event) -> str | None:
+def _owner(event: Event) -> str:
     """The module whose code made the call."""
-    name = event.module
-    return name.rpartition(".")[0] if event.leaf is not None else name
-
-
-def _candidates(
-    model: nn.Module, trace: Trace, solution: Solution, owner: str
-) -> dict[str, tuple[int, ...]]:
-    """Integer attributes of a module that equal a size which is cut there, with local values."""
-    local: dict[int, tuple[int, ...]] = {}
-    sizes: dict[int, tuple[int, ...]] = {}
-    for event in trace.events:
-        here = event.module == owner or event.module.rpartition(".")[0] == owner
-        for value in [*event.ins, *event.outs] if here else ():
-            for dim in value.dims or ():
-                for part in (dim, *([leaf] for leaf in leaves(dim))):
-                    whole = 1
-                    for axis in part:
-                        whole *= axis.size
-                    per_rank = tuple(
-                        solution.local_size(part, rank) for rank in range(solution.ranks)
-                    )
-                    if set(per_rank) != {whole}:
-                        sizes[whole] = per_rank
-    local.update(sizes)
-    # heads per key/value head
-    for (a, many), (b, few) in itertools.permutations(sizes.items(), 2):
-        if a > b and a % b == 0 and a // b not in local:
-            if all(y and x % y == 0 for x, y in zip(many, few, strict=True)):
-                ratio = tuple(x // y for x, y in zip(many, few, strict=True))
-                if set(ratio) != {a // b}:
-                    local[a // b] = ratio
-    module = model.get_submodule(owner)
-    return {
-        name: local[value]
-        for name, value in vars(module).items()
-        if type(value) is int and value in local
-    }
+    return event.module.rpartition(".")[0] if event.leaf is not None else event.module

@@ -36,6 +36,20 @@ Rule = Callable[[Lookup, Args, Kwargs, Sequence[Tensor]], list[list[Dim]]]
 
 _RULES: dict[str, Rule] = {}
 
+# Metadata getters: reading a weight's dtype is not using the weight.
+METADATA = frozenset(
+    {
+        "dtype", "device", "shape", "ndim", "requires_grad", "is_leaf", "grad_fn", "layout",
+        "is_meta", "is_cuda", "is_cpu", "is_sparse", "is_nested", "is_quantized", "names", "is_mps",
+        "is_xpu", "is_mkldnn", "grad", "itemsize", "nbytes", "is_mtia", "is_ipu", "is_xla",
+        "is_vulkan", "is_maia", "is_sparse_csr", "output_nr", "_version", "retains_grad",
+        "size", "dim", "numel", "nelement", "element_size", "stride", "is_contiguous",
+        "is_floating_point", "is_complex", "get_device", "data_ptr", "storage_offset",
+        "__len__", "ndimension", "type", "is_same_size", "untyped_storage", "is_inference",
+        "__hash__", "is_signed", "is_pinned", "is_shared",
+    }
+)  # fmt: skip
+
 # Makers of tensors that hold one number everywhere.
 CONSTANT = frozenset(
     {"zeros", "ones", "full", "empty", "zeros_like", "ones_like", "full_like", "empty_like"}
@@ -218,7 +232,8 @@ def _rule(*names: str) -> Callable[[Rule], Rule]:
     return add
 
 
-def _arg(args: Args, kwargs: Kwargs, at: int, *names: str, default: Any = None) -> Any:
+def argument(args: Args, kwargs: Kwargs, at: int, *names: str, default: Any = None) -> Any:
+    """A function's argument by its place or one of its names."""
     if at < len(args):
         return args[at]
     return next((kwargs[name] for name in names if name in kwargs), default)
@@ -314,8 +329,8 @@ def _transpose(
 ) -> list[list[Dim]]:
     dims = lookup.dims(_first(args, kwargs))
     order = list(range(len(dims)))
-    a = _arg(args, kwargs, 1, "dim0", "axis0")
-    b = _arg(args, kwargs, 2, "dim1", "axis1")
+    a = argument(args, kwargs, 1, "dim0", "axis0")
+    b = argument(args, kwargs, 2, "dim1", "axis1")
     order[a], order[b] = order[b], order[a]
     return _permuted(dims, order)
 
@@ -330,8 +345,8 @@ def _permute(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor])
 @_rule("movedim", "moveaxis")
 def _movedim(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
     dims = lookup.dims(_first(args, kwargs))
-    source = _arg(args, kwargs, 1, "source")
-    target = _arg(args, kwargs, 2, "destination")
+    source = argument(args, kwargs, 1, "source")
+    target = argument(args, kwargs, 2, "destination")
     if not isinstance(source, int) or not isinstance(target, int):
         raise NotFollowed("several dimensions")
     rest = list(range(len(dims)))
@@ -374,7 +389,7 @@ def _repeat(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) 
 def _interleave(
     lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]
 ) -> list[list[Dim]]:
-    times, at = _arg(args, kwargs, 1, "repeats"), _arg(args, kwargs, 2, "dim")
+    times, at = argument(args, kwargs, 1, "repeats"), argument(args, kwargs, 2, "dim")
     if not isinstance(times, int) or not isinstance(at, int):
         raise NotFollowed("uneven repeats")
     dims = lookup.dims(_first(args, kwargs))
@@ -403,7 +418,7 @@ def _sliced(dim: Dim, start: int, stop: int) -> Dim:
 @_rule("split", "chunk", "tensor_split", "split_with_sizes", "unsafe_chunk", "unsafe_split")
 def _split(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
     dims = lookup.dims(_first(args, kwargs))
-    at = _arg(args, kwargs, 2, "dim", default=0) % len(dims)
+    at = argument(args, kwargs, 2, "dim", default=0) % len(dims)
     made, start = [], 0
     for out in outs:
         stop = start + out.size(at)
@@ -415,7 +430,7 @@ def _split(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -
 @_rule("narrow")
 def _narrow(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
     dims = lookup.dims(_first(args, kwargs))
-    at, start = _arg(args, kwargs, 1, "dim"), _arg(args, kwargs, 2, "start")
+    at, start = argument(args, kwargs, 1, "dim"), argument(args, kwargs, 2, "start")
     if not isinstance(start, int):
         raise NotFollowed("a start that is a tensor")
     start %= max(size_of(dims[at]), 1)
@@ -426,7 +441,7 @@ def _narrow(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) 
 @_rule("select")
 def _select(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
     dims = lookup.dims(_first(args, kwargs))
-    at = _arg(args, kwargs, 1, "dim") % len(dims)
+    at = argument(args, kwargs, 1, "dim") % len(dims)
     mix(dims[at], "an index into it")
     return [[*dims[:at], *dims[at + 1 :]]]
 
@@ -434,7 +449,7 @@ def _select(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) 
 @_rule("unbind")
 def _unbind(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
     dims = lookup.dims(_first(args, kwargs))
-    at = _arg(args, kwargs, 1, "dim", default=0) % len(dims)
+    at = argument(args, kwargs, 1, "dim", default=0) % len(dims)
     mix(dims[at], "an index into it")
     return [[*dims[:at], *dims[at + 1 :]] for _ in outs]
 
@@ -444,7 +459,7 @@ def _index_select(
     lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]
 ) -> list[list[Dim]]:
     dims = lookup.dims(_first(args, kwargs))
-    at = _arg(args, kwargs, 1, "dim")
+    at = argument(args, kwargs, 1, "dim")
     mix(dims[at], "an index into it")
     dims[at] = opaque(outs[0].size(at))
     return [dims]
@@ -517,8 +532,8 @@ def _advanced(lookup: Lookup, source: Tensor, items: list[Any], out: Tensor) -> 
 
 @_rule("cat", "concat", "concatenate")
 def _cat(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
-    given = [t for t in _arg(args, kwargs, 0, "tensors") if t.dim() == outs[0].dim()]
-    at = _arg(args, kwargs, 1, "dim", "axis", default=0) % outs[0].dim()
+    given = [t for t in argument(args, kwargs, 0, "tensors") if t.dim() == outs[0].dim()]
+    at = argument(args, kwargs, 1, "dim", "axis", default=0) % outs[0].dim()
     for tensor in given:
         mix(lookup.dims(tensor)[at], "a concatenation along it")
     sizes = list(outs[0].shape)
@@ -535,8 +550,8 @@ def _cat(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> 
 
 @_rule("stack")
 def _stack(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
-    given = _arg(args, kwargs, 0, "tensors")
-    at = _arg(args, kwargs, 1, "dim", default=0) % outs[0].dim()
+    given = argument(args, kwargs, 0, "tensors")
+    at = argument(args, kwargs, 1, "dim", default=0) % outs[0].dim()
     out = broadcast(lookup, [(t, lookup.dims(t)) for t in given], given[0].shape)
     return [[*out[:at], opaque(len(given)), *out[at:]]]
 
@@ -555,10 +570,15 @@ def _pad(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> 
 # -- products
 
 
+def is_product(name: str) -> bool:
+    """Whether a function multiplies matrices: its last two dimensions meet nothing."""
+    return _base(name) in ("matmul", "bmm", "baddbmm", "scaled_dot_product_attention")
+
+
 @_rule("matmul", "bmm", "mm")
 def _matmul(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
-    a = _arg(args, kwargs, 0, "input", "self")
-    b = _arg(args, kwargs, 1, "other", "mat2")
+    a = argument(args, kwargs, 0, "input", "self")
+    b = argument(args, kwargs, 1, "other", "mat2")
     return [_product(lookup, a, b, outs[0])]
 
 
@@ -580,7 +600,7 @@ def _addmm(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -
 
 @_rule("linear")
 def _linear(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
-    x, weight = _arg(args, kwargs, 0, "input"), _arg(args, kwargs, 1, "weight")
+    x, weight = argument(args, kwargs, 0, "input"), argument(args, kwargs, 1, "weight")
     dims, rows = lookup.dims(x), lookup.dims(weight)
     mix([*dims[-1], *rows[-1]], "a product that sums over it")
     return [[*dims[:-1], rows[0]]]
@@ -612,7 +632,7 @@ def _attention(
     lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]
 ) -> list[list[Dim]]:
     names = (("query",), ("key",), ("value",), ("attn_mask",))
-    q, k, v, mask = (_arg(args, kwargs, i, *which) for i, which in enumerate(names))
+    q, k, v, mask = (argument(args, kwargs, i, *which) for i, which in enumerate(names))
     dq, dk, dv = (lookup.dims(t) for t in (q, k, v))
     mix([*dq[-1], *dk[-1]], "a product that sums over it")
     mix([*dk[-2], *dv[-2]], "a product that sums over it")
@@ -688,7 +708,7 @@ def _reduce(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) 
 @_rule("layer_norm", "rms_norm")
 def _norm(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
     dims = lookup.dims(_first(args, kwargs))
-    shape = _arg(args, kwargs, 1, "normalized_shape")
+    shape = argument(args, kwargs, 1, "normalized_shape")
     for dim in dims[len(dims) - len(shape) :]:
         mix(dim, "a norm over it")
     return [dims]
@@ -697,7 +717,7 @@ def _norm(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) ->
 @_rule("glu")
 def _glu(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
     dims = lookup.dims(_first(args, kwargs))
-    at = _arg(args, kwargs, 1, "dim", default=-1)
+    at = argument(args, kwargs, 1, "dim", default=-1)
     half = math.prod([outs[0].size(at)])
     first, second = _sliced(dims[at], 0, half), _sliced(dims[at], half, 2 * half)
     join(first, second, "the halves of a gated unit")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..partition import Partition, ShardLayout, cut_heads
@@ -71,12 +71,11 @@ class Solution:
 
     def is_cut(self, value: Value) -> bool:
         """Whether ranks hold unlike parts of an activation."""
-        return value.dims is not None and any(
-            self.cut_of(leaf) is not None
-            for dim in value.dims
-            for axis in dim
-            for leaf in parts(axis)
-        )
+        return value.dims is not None and any(map(self.is_cut_dim, value.dims))
+
+    def is_cut_dim(self, dim: Sequence[Axis]) -> bool:
+        """Whether ranks hold unlike parts of a dimension."""
+        return any(self.cut_of(leaf) is not None for axis in dim for leaf in parts(axis))
 
     def local_size(self, dim: Sequence[Axis], rank: int) -> int:
         """A dimension's size on one rank."""
@@ -277,8 +276,12 @@ class Gradients:
     conflict: tuple[Event, str] | None = None
 
 
-def gradients(trace: Trace, solution: Solution) -> Gradients:
-    """Follow gradients back: a whole activation that meets a cut one gets only a summand."""
+def gradients(trace: Trace, solution: Solution, regions: Collection[str] = ()) -> Gradients:
+    """Follow gradients back: a whole activation that meets a cut one gets only a summand.
+
+    ``regions``: modules inside which whatever is whole sums its gradient where it meets a cut
+    activation.
+    """
     found = Gradients()
     uses: dict[int, set[str]] = {}
     columns = {n for cut in solution.cuts for n in cut.pair.producers}
@@ -304,7 +307,7 @@ def gradients(trace: Trace, solution: Solution) -> Gradients:
         elif cut_out:
             if any(not solution.is_cut(o) and "whole" in uses.get(id(o), ()) for o in event.outs):
                 return _conflict(found, event, "a whole part of it is used by every rank alike")
-            given = {"summand"}
+            given = {"whole" if is_inside(event.module, regions) else "summand"}
         elif cut_in and "whole" in given:
             return _conflict(found, event, "a whole part of it is used by every rank alike")
         for value in event.ins:
@@ -320,6 +323,11 @@ def gradients(trace: Trace, solution: Solution) -> Gradients:
                 elif value.is_input:
                     return _conflict(found, event, "an input would get a part of its gradient")
     return found
+
+
+def is_inside(module: str, regions: Collection[str]) -> bool:
+    """Whether a module is one of ``regions`` or lies in one."""
+    return any(module == region or module.startswith(f"{region}.") for region in regions)
 
 
 def _conflict(found: Gradients, event: Event, why: str) -> Gradients:

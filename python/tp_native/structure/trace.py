@@ -21,20 +21,6 @@ from torch.overrides import TorchFunctionMode
 from . import rules
 from .axes import Axis, Dim, join, leaves, mix, opaque
 
-# Metadata getters: reading a weight's dtype is not using the weight.
-_METADATA = frozenset(
-    {
-        "dtype", "device", "shape", "ndim", "requires_grad", "is_leaf", "grad_fn", "layout",
-        "is_meta", "is_cuda", "is_cpu", "is_sparse", "is_nested", "is_quantized", "names", "is_mps",
-        "is_xpu", "is_mkldnn", "grad", "itemsize", "nbytes", "is_mtia", "is_ipu", "is_xla",
-        "is_vulkan", "is_maia", "is_sparse_csr", "output_nr", "_version", "retains_grad",
-        "size", "dim", "numel", "nelement", "element_size", "stride", "is_contiguous",
-        "is_floating_point", "is_complex", "get_device", "data_ptr", "storage_offset",
-        "__len__", "ndimension", "type", "is_same_size", "untyped_storage", "is_inference",
-        "__hash__", "is_signed", "is_pinned", "is_shared",
-    }
-)  # fmt: skip
-
 
 @dataclass(eq=False)
 class Value:
@@ -75,12 +61,23 @@ class Leaf:
     out_axis: Axis | None = None
 
 
+@dataclass(eq=False)
+class Span:
+    """One call of a module: its first event, the one after its last, and its outputs."""
+
+    module: str
+    start: int
+    stop: int
+    outs: list[Value]
+
+
 @dataclass
 class Trace:
     """What one forward pass showed."""
 
     leaves: dict[str, Leaf]
     events: list[Event] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
     reached: set[str] = field(default_factory=set)
     read_elsewhere: dict[str, str] = field(default_factory=dict)  # leaf -> where
     outputs: list[Value] = field(default_factory=list)
@@ -184,7 +181,7 @@ class Tracer(TorchFunctionMode):
         self.model = model
         self.trace = Trace(found)
         self.values: dict[int, Value] = {}
-        self.stack: list[str] = []
+        self.stack: list[tuple[str, int]] = []
         self.leaf_parameters: dict[int, str] = {}
         self.paused = 0
 
@@ -225,7 +222,7 @@ class Tracer(TorchFunctionMode):
         if self.paused:
             return func(*args, **kwargs)
         name = rules.name_of(func)
-        if name in _METADATA:
+        if name in rules.METADATA:
             return func(*args, **kwargs)
         return self.call(func, name, args, kwargs)
 
@@ -274,6 +271,8 @@ class Tracer(TorchFunctionMode):
     ) -> list[list[Dim] | None]:
         if all(value.dims is None for value in ins):
             return [None] * len(outs)
+        if name in rules.CONSTANT and name.startswith("new_"):
+            return [None] * len(outs)
         lookup = _Lookup(self)
         try:
             labels = rules.follow(name, lookup, args, kwargs, outs)
@@ -286,12 +285,22 @@ class Tracer(TorchFunctionMode):
         return labels
 
     def _module(self) -> str:
-        return self.stack[-1] if self.stack else ""
+        return self.stack[-1][0] if self.stack else ""
 
     def _place(self, name: str) -> str:
         return f"{name} in {self._module() or type(self.model).__name__}"
 
-    # -- leaf modules
+    # -- modules
+
+    def enter(self, name: str) -> None:
+        """A module's call begins."""
+        self.stack.append((name, len(self.trace.events)))
+
+    def leave(self, output: Any) -> None:
+        """The innermost module's call ends."""
+        name, start = self.stack.pop()
+        outs = [self.value_of(tensor) for tensor in rules.tensors(output)]
+        self.trace.spans.append(Span(name, start, len(self.trace.events), outs))
 
     def call_leaf(self, leaf: Leaf, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A leaf's own forward, as one event."""
@@ -406,16 +415,16 @@ def leaf_forwards(
 
 
 @contextlib.contextmanager
-def module_stack(model: nn.Module, stack: list[str]) -> Iterator[None]:
-    """Keep the names of the modules that are running in ``stack`` while the block runs."""
+def module_stack(model: nn.Module, tracer: Tracer) -> Iterator[None]:
+    """Tell ``tracer`` of every module's call while the block runs."""
     handles = []
     for name, module in model.named_modules():
 
         def enter(module: nn.Module, args: Any, name: str = name) -> None:
-            stack.append(name)
+            tracer.enter(name)
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
-            stack.pop()
+            tracer.leave(output)
 
         handles.append(module.register_forward_pre_hook(enter))
         handles.append(module.register_forward_hook(leave, always_call=True))
@@ -455,7 +464,7 @@ def run(
     with contextlib.ExitStack() as stack:
         weights = dense if mode is None else stack.enter_context(fake_weights(model, mode))
         stack.enter_context(leaf_forwards(found, tracer.call_leaf))
-        stack.enter_context(module_stack(model, tracer.stack))
+        stack.enter_context(module_stack(model, tracer))
         stack.enter_context(eval_mode(model))
         stack.enter_context(torch.enable_grad())
         if mode is not None:
