@@ -361,7 +361,7 @@ def _attended(
     weights = (scores if mask is None else scores + mask).softmax(-1)
     if dropout > 0:
         weights = F.dropout(weights, dropout)
-    return weights @ v, weights
+    return weights.to(v.dtype) @ v, weights  # a mask may be wider than the scores
 
 
 def without_fused_layers(model: nn.Module) -> None:
