@@ -255,6 +255,27 @@ def test_dropout_differs_by_head_and_leaves_ranks_alike(world_size: int) -> None
         assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
+def under_autocast(group: Group) -> None:
+    dense = filled(nn.MultiheadAttention(6, 3, batch_first=True))
+    ours = tp.ParallelMultiheadAttention.from_dense(dense, group=group)
+    x, mask = data(2, 4, 6).float().requires_grad_(), data(4, 4, seed=2).float()
+    for need in (True, False):
+        with torch.autocast("cpu", torch.bfloat16):
+            mine, theirs = (m(x, x, x, attn_mask=mask, need_weights=need) for m in (ours, dense))
+        for a, b in zip(mine, theirs, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                assert a.dtype == b.dtype == torch.bfloat16
+                # a few roundings to 8 bits, of other partial sums
+                torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)
+        mine[0].float().sum().backward()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])  # with four, one rank has no head
+def test_autocast_casts_as_in_the_dense_module(world_size: int) -> None:
+    run_ranks(under_autocast, world_size)
+
+
 def compiles(group: Group) -> None:
     dense = filled(nn.MultiheadAttention(6, 3, batch_first=True, dtype=F64))
     ours: Any = tp.ParallelMultiheadAttention.from_dense(dense, group=group)

@@ -358,10 +358,10 @@ def _attended(
 ) -> tuple[Tensor, Tensor]:
     """What ``scaled_dot_product_attention`` gives, and its weights; for no head too."""
     scores = (q * q.size(-1) ** -0.5) @ k.transpose(-2, -1)
-    weights = (scores if mask is None else scores + mask).softmax(-1)
+    weights = (scores if mask is None else scores + mask.to(scores.dtype)).softmax(-1)
     if dropout > 0:
         weights = F.dropout(weights, dropout)
-    return weights.to(v.dtype) @ v, weights  # a mask may be wider than the scores
+    return weights @ v, weights
 
 
 def without_fused_layers(model: nn.Module) -> None:
