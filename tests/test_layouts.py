@@ -4,6 +4,7 @@ stacked, in another order, on several ranks or on none, against the dense layer 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import tp_native as tp
 from harness import run_ranks
 from oracle import rank_data
 from shards import F64, WORLDS, check, data
+from tp_native.collectives import scatter_to_ranks
 from tp_native.group import Group
 from tp_native.nn import mark_of
 from tp_native.nn.sharded import take
@@ -248,6 +250,68 @@ def state_keeps_dense_shapes(group: Group) -> None:
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_state_dicts_have_the_dense_names_and_shapes(world_size: int) -> None:
     run_ranks(state_keeps_dense_shapes, world_size)
+
+
+def every_kind(group: Group) -> nn.ModuleDict:
+    stacked = ShardLayout.stacked([Partition.even(size, group.size) for size in (5, 7)])
+    return nn.ModuleDict(
+        {
+            "up": tp.ColumnParallelConv1D(7, WIDTH, group=group, partition=stacked),
+            "down": tp.RowParallelConv1D(WIDTH, 7, group=group),
+            "bias": tp.ColumnParallelEmbedding(5, WIDTH, group=group),
+            "attention": tp.ParallelMultiheadAttention(6, 3, add_bias_kv=True, group=group),
+            "cross": tp.ParallelMultiheadAttention(6, 3, kdim=5, vdim=4, group=group),
+        }
+    )
+
+
+def saves(group: Group, path: str) -> dict[str, Tensor]:
+    torch.manual_seed(6)
+    model = every_kind(group)
+    tp.CheckpointSaver(path, group).save(model)
+    return tp.full_state_dict(model)
+
+
+def loads(group: Group, path: str) -> dict[str, Tensor]:
+    model = every_kind(group)
+    for parameter in model.parameters():
+        nn.init.zeros_(parameter)
+    tp.DistributedCheckpointLoader(path, group).load(model)
+    return tp.full_state_dict(model)
+
+
+def test_checkpoints_are_read_by_other_numbers_of_ranks(tmp_path: Path) -> None:
+    saved = tp.simulate(saves, 3, str(tmp_path))[0]
+    for world_size in (1, 2, 4):
+        for found in tp.simulate(loads, world_size, str(tmp_path)):
+            assert list(found) == list(saved)
+            assert all(torch.equal(found[key], value) for key, value in saved.items())
+
+
+def conv1d_on_shards(group: Group) -> None:
+    dense = [filled(dense_conv1d(7, WIDTH), 1), filled(dense_conv1d(WIDTH, 7), 3)]
+    cut = Partition.even(5, group.size)
+    how: dict[str, Any] = {"group": group, "sequence_parallel": True, "dtype": F64}
+    up = tp.ColumnParallelConv1D(7, WIDTH, activation="gelu_tanh", **how)
+    down = tp.RowParallelConv1D(WIDTH, 7, **how)
+    for layer, whole in zip((up, down), dense, strict=True):
+        layer.load_state_dict(whole.state_dict())
+    x, ref_x = (data(2, 5, 7).requires_grad_() for _ in range(2))
+    y: Any = down(up(scatter_to_ranks(x, -2, group, partition=cut), cut), cut)
+    y = tp.all_gather_tensor(y, -2, group, partition=cut)
+    ref_y = dense[1](nn.functional.gelu(dense[0](ref_x), approximate="tanh"))
+    cotangent = data(*ref_y.shape, seed=9)
+    y.backward(cotangent)
+    ref_y.backward(cotangent)
+    check(y, ref_y, "y")
+    check(x.grad, ref_x.grad, "dx")
+    for layer, whole in zip((up, down), dense, strict=True):
+        checks_gradients(layer, whole, layer)
+
+
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_conv1d_takes_tokens_and_activations(world_size: int) -> None:
+    run_ranks(conv1d_on_shards, world_size)
 
 
 def adapts_conv1d(group: Group) -> None:

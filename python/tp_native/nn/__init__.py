@@ -11,6 +11,7 @@ from .linear import ColumnParallelLinear, RowParallelLinear, matrix_of
 from .lora import LoRAModule, add_lora, merge_lora, unmerge_lora
 from .loss import vocab_parallel_cross_entropy
 from .mlp import ParallelMLP
+from .multihead import ParallelMultiheadAttention, without_fused_layers
 from .norm import ParallelLayerNorm, ParallelRMSNorm
 from .sharded import ShardedModule, ShardMark, full_of, mark_of, put_mark
 
@@ -25,6 +26,7 @@ __all__ = [
     "ParallelLMHead",
     "ParallelLayerNorm",
     "ParallelMLP",
+    "ParallelMultiheadAttention",
     "ParallelRMSNorm",
     "RowParallelConv1D",
     "RowParallelLinear",
@@ -43,4 +45,5 @@ __all__ = [
     "summed",
     "unmerge_lora",
     "vocab_parallel_cross_entropy",
+    "without_fused_layers",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from ..group import GroupLike, current_group
 from ..partition import Partition, ShardLayout, cut_heads
 from .composite import CompositeModule
-from .dropout import refuse_thread_ranks, sharded_rng
+from .dropout import masks_of_its_own
 from .linear import ColumnParallelLinear, RowParallelLinear
 from .norm import ParallelRMSNorm
 
@@ -219,7 +218,7 @@ class ParallelAttention(CompositeModule):
         mask = self._mask(attention_mask, tokens, past, q)
         dropout = self.dropout if self.training else 0.0
         is_causal = self.causal and mask is None and tokens > 1
-        with self._masks_of_its_own(dropout, x.device):
+        with masks_of_its_own(self.group, dropout, x.device, "attention dropout"):
             if heads == 0:
                 y = q + k + v  # nothing, but every collective of the backward hangs on it
             else:
@@ -227,14 +226,6 @@ class ParallelAttention(CompositeModule):
                     q, k, v, mask, dropout, is_causal, enable_gqa=heads != kv_heads
                 )
         return y.transpose(1, 2).reshape(batch, tokens, heads * width)
-
-    def _masks_of_its_own(
-        self, dropout: float, device: torch.device
-    ) -> contextlib.AbstractContextManager[None]:
-        if dropout == 0 or self.group.size == 1:
-            return contextlib.nullcontext()
-        refuse_thread_ranks(self.group, f"attention dropout {dropout}")
-        return sharded_rng(self.group, device)
 
     def _mask(self, given: Tensor | None, tokens: int, past: int, q: Tensor) -> Tensor | None:
         """The whole mask for this rank's heads; None where ``is_causal`` or nothing says it all."""

@@ -51,6 +51,19 @@ def refuse_thread_ranks(group: Group, what: str) -> None:
         )
 
 
+def masks_of_its_own(
+    group: Group, p: float, device: torch.device, what: str
+) -> contextlib.AbstractContextManager[None]:
+    """For dropout ``p`` inside an operation on this rank's part: `sharded_rng` where it is needed.
+
+    Raises: ValueError in thread ranks, saying ``what`` is dropped.
+    """
+    if p == 0 or group.size == 1:
+        return contextlib.nullcontext()
+    refuse_thread_ranks(group, f"{what} {p}")
+    return sharded_rng(group, device)
+
+
 class ParallelDropout(nn.Module):
     """``nn.Dropout`` for a tensor that is replicated, or cut over the ranks (``is_sharded``).
 
