@@ -258,11 +258,13 @@ class Finding:
         return max(((e, n) for n, e in self.gradient_errors.items()), default=(0.0, ""))
 
 
-def rank_finding(group: Group, case: Case, dense: Reference) -> Finding:
-    """Parallelize a copy of the model and compare everything. Collective."""
+def rank_finding(group: Group, case: Case, dense: Reference, is_verified: bool = False) -> Finding:
+    """Parallelize a copy of the model and compare everything; ``is_verified`` lets `parallelize`
+    compare for itself first. Collective.
+    """
     whole = copy.deepcopy(case.model)
     matrices = weight_matrices(whole)
-    model = tp.parallelize(whole, group)
+    model = tp.parallelize(whole, group, verify=(case.inputs,) if is_verified else None)
     before = group.stats()["collectives"]
     output = case.run(model)
     found = Finding(error_of(output.detach(), dense.output))

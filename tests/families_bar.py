@@ -8,6 +8,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+import tp_native as tp
 from families import NEW_TOKENS, Case, Draw, family, greedy_loop
 from nanogpt_model import GPT, GPTConfig
 
@@ -29,6 +30,25 @@ def text(draw: Draw, model: Any, vocab: int | None = None) -> Case:
     """A decoder that continues two prompts."""
     ids = draw.ids(vocab=vocab)
     return Case(model, {"input_ids": ids}, greedy=generated(ids[:, :5]))
+
+
+def text_of_both(draw: Draw, model: Any) -> Case:
+    """As `text`; the tokens of `tp_native.generate`, behind a padded prompt, follow the others."""
+    case = text(draw, model)
+    greedy, prompt = case.greedy, draw.ids()[:, :6]
+    mask = torch.ones_like(prompt)
+    mask[1, :2] = 0
+
+    def run(dense: Any) -> Tensor:
+        assert greedy is not None
+        theirs = greedy(dense)
+        was_training = dense.training
+        dense.eval()
+        ours = tp.generate(dense, prompt, NEW_TOKENS, attention_mask=mask, eos_token_id=[])
+        dense.train(was_training)
+        return torch.cat([theirs, ours], 1)
+
+    return Case(model, case.inputs, greedy=run)
 
 
 def generated(prompt: Tensor, **options: Any) -> Any:
@@ -76,30 +96,30 @@ def free_width(draw: Draw) -> dict[str, int]:
 def llama(draw: Draw) -> Case:
     bias = {"attention_bias": draw.coin(), "mlp_bias": draw.coin()}
     settings = llama_like(draw, **free_width(draw), **bias)
-    return text(draw, pretrained(draw, "LlamaForCausalLM", **settings))
+    return text_of_both(draw, pretrained(draw, "LlamaForCausalLM", **settings))
 
 
 @family("mistral", "bar")
 def mistral(draw: Draw) -> Case:
     settings = llama_like(draw, **free_width(draw), sliding_window=draw.one_of(None, 4))
-    return text(draw, pretrained(draw, "MistralForCausalLM", **settings))
+    return text_of_both(draw, pretrained(draw, "MistralForCausalLM", **settings))
 
 
 @family("qwen2", "bar")
 def qwen2(draw: Draw) -> Case:
-    return text(draw, pretrained(draw, "Qwen2ForCausalLM", **llama_like(draw)))
+    return text_of_both(draw, pretrained(draw, "Qwen2ForCausalLM", **llama_like(draw)))
 
 
 @family("qwen3", "bar")
 def qwen3(draw: Draw) -> Case:
     settings = llama_like(draw, **free_width(draw), attention_bias=draw.coin())
-    return text(draw, pretrained(draw, "Qwen3ForCausalLM", **settings))
+    return text_of_both(draw, pretrained(draw, "Qwen3ForCausalLM", **settings))
 
 
 @family("gemma", "bar")
 def gemma(draw: Draw) -> Case:
     settings = llama_like(draw, **free_width(draw))
-    return text(draw, pretrained(draw, "GemmaForCausalLM", **settings))
+    return text_of_both(draw, pretrained(draw, "GemmaForCausalLM", **settings))
 
 
 @family("gpt2", "bar")
@@ -116,7 +136,7 @@ def gpt2(draw: Draw) -> Case:
         "attn_pdrop": 0.0,
         "scale_attn_by_inverse_layer_idx": draw.coin(),
     }
-    return text(draw, pretrained(draw, "GPT2LMHeadModel", **settings))
+    return text_of_both(draw, pretrained(draw, "GPT2LMHeadModel", **settings))
 
 
 @family("nanogpt", "bar")
@@ -250,7 +270,7 @@ def sequential_nested(draw: Draw) -> Case:
         )
         for _ in range(2)
     ]
-    head = nn.Sequential(nn.RMSNorm(width), nn.Linear(width, 13))
+    head = nn.Sequential(nn.RMSNorm(width, 1e-6), nn.Linear(width, 13))
     return Case(nn.Sequential(*blocks, head), {"input": draw.values(2, 3, width)})
 
 

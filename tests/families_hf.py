@@ -388,11 +388,10 @@ decoder(
         "time_step_rank": 3,
         "use_mambapy": False,
     },
-    may_refuse=True,
 )
 
 
-@family("rwkv", "transformers", may_refuse=True)
+@family("rwkv", "transformers")
 def rwkv(draw: Draw) -> Case:
     """Its state, where it keeps one, is written in place, which has no gradient."""
     settings = {
@@ -411,7 +410,6 @@ decoder(
     "recurrent-gemma",
     "RecurrentGemmaForCausalLM",
     lambda d: llama_like(d, lru_width=d.hidden, attention_window_size=8, num_hidden_layers=3),
-    may_refuse=True,
 )
 
 masked("bert", "BertForMaskedLM", bert_like)

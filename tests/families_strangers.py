@@ -241,7 +241,7 @@ class Rotary(Attention):
         self.kv = draw.kv_heads
         self.key = nn.Linear(self.width, self.kv * self.dim, bias=False)
         self.value = nn.Linear(self.width, self.kv * self.dim, bias=False)
-        self.q_norm, self.k_norm = nn.RMSNorm(self.dim), nn.RMSNorm(self.dim)
+        self.q_norm, self.k_norm = nn.RMSNorm(self.dim, 1e-6), nn.RMSNorm(self.dim, 1e-6)
 
     def heads_of(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         b, t, _ = x.shape

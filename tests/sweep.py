@@ -41,8 +41,10 @@ def run(family: Family, world: int, seed: int, options: argparse.Namespace) -> t
         if options.dense:
             verdict, cells, note = dense_cells(case, dense)
         else:
-            findings = tp.simulate(families.rank_finding, world, case, dense)
+            findings = tp.simulate(families.rank_finding, world, case, dense, options.verify)
             verdict, cells, note = cells_of(case, dense, findings)
+            if options.explain:
+                note += "\n" + tp.plan(case.model, world).explain()
     except Exception as error:
         verdict = "refused" if isinstance(error, PlanError) and family.may_refuse else blame
         first = str(error).strip().splitlines() or [""]
@@ -129,6 +131,8 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--timeout", type=float, default=120, help="seconds for one case")
     parser.add_argument("--trace", action="store_true", help="whole tracebacks and warnings")
+    parser.add_argument("--verify", action="store_true", help="parallelize(verify=...) as well")
+    parser.add_argument("--explain", action="store_true", help="print each plan")
     parser.add_argument("--dense", action="store_true", help="the dense model alone, with fp64")
     parser.add_argument("--list", action="store_true")
     options = parser.parse_args()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 import families
 import tp_native as tp
@@ -22,10 +23,15 @@ SOAK_SEEDS = 6  # both attentions, training and evaluation
 
 
 @pytest.fixture(autouse=True)
-def no_long_wait(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A rank that waits for one that went another way says so before pytest's timeout does."""
+def one_thread_a_rank_and_no_long_wait(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ranks that share two cores don't also share them among OpenMP's threads; one that waits for a
+    rank that went another way says so before pytest's timeout does.
+    """
     monkeypatch.setattr(TensorParallelConfig, "timeout_s", 40.0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
+    torch.set_num_threads(threads)
 
 
 def is_refused_by_name(case: Case, error: PlanError) -> bool:
