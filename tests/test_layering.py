@@ -39,7 +39,7 @@ PYTHON = [
     {"structure", "optim"},
     {"plan"},
     {"state"},
-    {"guards", "tune", "verify"},
+    {"guards", "translated", "tune", "verify"},
     {"checkpoint", "checkpoint.reader"},
     {"checkpoint.optimizer"},
     {"checkpoint.skeleton", "checkpoint.writer"},

@@ -21,6 +21,7 @@ from .nn import (
     ColumnParallelConv1D,
     ColumnParallelEmbedding,
     ColumnParallelLinear,
+    ParallelMultiheadAttention,
     RowParallelConv1D,
     RowParallelLinear,
     ShardedModule,
@@ -28,6 +29,7 @@ from .nn import (
     is_conv1d,
     mark_of,
     summed,
+    without_fused_layers,
 )
 from .nn.lora import has_lora
 from .nn.sharded import take
@@ -41,6 +43,7 @@ from .state import (
     state_of,
     unwrap,
 )
+from .translated import translate_modules
 from .verify import Recording, compare, record, verify
 
 __all__ = [
@@ -241,6 +244,9 @@ def _apply(model: nn.Module, plan: ShardPlan, group: Group) -> list[Callable[[],
         module = model.get_submodule(name)
         undo.append(partial(setattr, module, "__class__", type(module)))
         _sum_gradients(module, locals_, group)
+    undo += translate_modules(model, plan, group)
+    undo += _switches_of_fused_layers(model)
+    without_fused_layers(model)
     for follower, owner in plan.followers.items():
         name, _, local = follower.rpartition(".")
         module = model.get_submodule(name)
@@ -293,7 +299,7 @@ def _parallel_module(
 def _empty_twin(old: nn.Module, entry: ShardEntry, group: Group) -> nn.Module:
     """The parallel module for ``old``, on meta."""
     if isinstance(old, nn.MultiheadAttention):
-        return ParallelMultiheadAttention.from_dense(old, group=group, heads=entry.partition)
+        return ParallelMultiheadAttention.from_dense(old, group=group, partition=entry.partition)
     place: dict[str, Any] = {
         "group": group,
         "partition": entry.partition,
@@ -328,6 +334,16 @@ def _in_class_of(old: nn.Embedding, new: VocabParallelEmbedding) -> nn.Module:
     new._buffers.update(old._buffers)
     new._non_persistent_buffers_set |= old._non_persistent_buffers_set
     return new
+
+
+def _switches_of_fused_layers(model: nn.Module) -> list[Callable[[], None]]:
+    return [
+        partial(setattr, module, name, getattr(module, name))
+        for module in model.modules()
+        for name in ("activation_relu_or_gelu", "use_nested_tensor")
+        if isinstance(module, (nn.TransformerEncoder, nn.TransformerEncoderLayer))
+        and hasattr(module, name)
+    ]
 
 
 def _by_module(names: Sequence[str]) -> dict[str, list[str]]:

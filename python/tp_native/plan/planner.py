@@ -28,6 +28,7 @@ from .shards import (
     ROW,
     ROW_SPLIT,
     VOCABULARY,
+    Cuts,
     Shard,
     ShardEntry,
     ShardPlan,
@@ -215,7 +216,15 @@ class _Planner:
             summed=tuple(n for n, g in self.given.items() if g.style == ALL_REDUCE),
             whole=self.whole,
             followers=self.followers,
+            cuts=self._cuts(),
         )
+
+    def _cuts(self) -> Cuts | None:
+        if self.followed is None or not self.followed.translated:
+            return None
+        producers = {n for cut in self.followed.solution.cuts for n in cut.pair.producers}
+        axes = {n: axis for n in producers if (axis := self.leaves[n].out_axis) is not None}
+        return Cuts(self.followed.solution, axes)
 
     def _partial(self) -> tuple[str, ...]:
         partial = set(self.followed.partial) if self.followed else set()

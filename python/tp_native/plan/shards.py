@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..partition import Partition, ShardLayout
+from ..structure.axes import Axis
+from ..structure.solve import Solution
 
 # What a module does in the cut model.
 COLUMN = "colwise"
@@ -63,6 +66,14 @@ class ShardEntry:
 
 
 @dataclass(frozen=True)
+class Cuts:
+    """How axes are cut, and the axis of the output of each leaf that is cut by columns."""
+
+    solution: Solution
+    out_axes: Mapping[str, Axis]
+
+
+@dataclass(frozen=True)
 class ShardPlan:
     """The whole cut of one model for ``world_size`` ranks; made by `plan`.
 
@@ -74,7 +85,7 @@ class ShardPlan:
     written into it and runs with these translated to local ones. ``summed``: modules whose outputs
     are summed over the ranks. ``whole``: modules with matrices that every rank holds whole, and
     why. ``followers``: tied parameters that a module keeps but never reads, with the name under
-    which it is cut.
+    which it is cut. ``cuts``: the axes behind it, for translation.
     """
 
     world_size: int
@@ -89,6 +100,7 @@ class ShardPlan:
     summed: tuple[str, ...] = ()
     whole: Mapping[str, str] = field(default_factory=dict)
     followers: Mapping[str, str] = field(default_factory=dict)
+    cuts: Cuts | None = field(default=None, repr=False, compare=False)
 
     def shard(self, param_name: str) -> Shard | None:
         """The cut of a parameter by its dense name; None if every rank holds the whole."""
@@ -118,6 +130,11 @@ class ShardPlan:
     def held_bytes(self, param_name: str, rank: int) -> int:
         """Bytes of a parameter on ``rank``."""
         return math.prod(self.local_shape(param_name, rank)) * self.item_bytes[param_name]
+
+    def cuts_for_one_rank(self) -> Cuts:
+        """A copy of ``cuts``: translating code notes more about the axes as it runs."""
+        assert self.cuts is not None
+        return copy.deepcopy(self.cuts)
 
     def owned(self) -> list[str]:
         """Names of all parameters, a tied one once."""
