@@ -43,6 +43,7 @@ PYTHON = [
     {"checkpoint.layouts", "checkpoint.optimizer"},
     {"checkpoint.items"},
     {"checkpoint.skeleton", "checkpoint.writer"},
+    {"huggingface"},
     {"parallelize"},
     {"checkpoint.adapter", "checkpoint.loader"},
     {"generate", "orchestrator"},

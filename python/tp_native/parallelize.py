@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import huggingface
 from .agreement import agreed, check_same
-from .checkpoint.writer import parse_bytes, save_pretrained
 from .errors import PlanError
 from .group import Group, GroupLike, current_group
 from .guards import guard
@@ -123,7 +122,8 @@ def parallelize(
             raise
     for name in plan.partial_gradients:
         _sum_gradients(model.get_submodule(name), group)
-    _attach(model, ParallelState(group, plan))
+    attach_state(model, ParallelState(group, plan))
+    huggingface.attach(model, group)
     guard(model)
     return model
 
@@ -309,36 +309,3 @@ def _sum_gradients(module: nn.Module, group: Group) -> None:
     body: dict[str, Any] = {name: property(reader(name)) for name in names}
     body |= {"__module__": kind.__module__, "group": group, "partial_gradients": names}
     module.__class__ = type(kind.__name__, (kind,), body)
-
-
-def _attach(model: nn.Module, state: ParallelState) -> None:
-    attach_state(model, state)
-    if hasattr(model, "save_pretrained"):
-        # transformers' own would write this rank's share as if it were the model.
-        model.__dict__["save_pretrained"] = MethodType(_save_pretrained, model)
-    if hasattr(model, "_get_static_cache_init_shape"):
-        # The static cache then takes its heads from the first keys it sees, not from the config.
-        model.__dict__["_get_static_cache_init_shape"] = _no_early_shape
-
-
-def _save_pretrained(
-    model: nn.Module,
-    save_directory: str,
-    *,
-    max_shard_size: int | str = "5GB",
-    **unsupported: Any,
-) -> None:
-    """`tp_native.save_pretrained` under the name and options that transformers' users know."""
-    neutral = (None, True, False)
-    odd = [key for key, value in unsupported.items() if not any(value is n for n in neutral)]
-    if odd or unsupported.get("push_to_hub"):
-        raise ValueError(
-            f"save_pretrained of a parallelized model does not take {odd or ['push_to_hub']}; "
-            "call it on all ranks with the folder and, if you like, max_shard_size"
-        )
-    max_shard_bytes = parse_bytes(max_shard_size)
-    save_pretrained(model, save_directory, max_shard_bytes=max_shard_bytes)
-
-
-def _no_early_shape() -> None:
-    return None
