@@ -23,7 +23,7 @@ _DECODER = _TEXT | {
     "num_hidden_layers": 2,
     "max_position_embeddings": 64,
 }
-_ENCODER = {key: value for key, value in _DECODER.items() if "head_dim" not in key}
+_ENCODER = {k: v for k, v in _DECODER.items() if k not in ("head_dim", "num_key_value_heads")}
 _GEMMA = _DECODER | {"hidden_activation": "gelu_pytorch_tanh"}
 _SLIDING = _GEMMA | {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 _GPT2 = _TEXT | {"n_embd": 48, "n_head": 8, "n_layer": 2, "n_positions": 64, "n_inner": 70}
@@ -39,7 +39,7 @@ _BART = {
     "max_position_embeddings": 64,
     "pad_token_id": 0,
     "bos_token_id": 1,
-    "eos_token_id": 2,
+    "eos_token_id": None,
     "decoder_start_token_id": 2,
     "forced_eos_token_id": None,
 }
@@ -51,7 +51,7 @@ _T5 = {
     "num_layers": 2,
     "num_heads": 6,
     "pad_token_id": 0,
-    "eos_token_id": 1,
+    "eos_token_id": None,
     "decoder_start_token_id": 0,
 }
 _IMAGE = {"image_size": 8, "patch_size": 4, "num_channels": 3}

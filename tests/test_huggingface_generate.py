@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    CompileConfig,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -67,8 +69,13 @@ def rank_generate(group: Group, model: Any, options: list[dict[str, Any]]) -> li
 
 
 def same_text(model: Any, world_size: int, options: list[dict[str, Any]]) -> None:
-    expected = [copy.deepcopy(model).generate(**each) for each in options]
-    for ours in simulate(rank_generate, world_size, model, options):
+    expected, able = [], []
+    for each in options:
+        with contextlib.suppress(RuntimeError):  # transformers' own: Falcon in a static cache, say
+            expected.append(copy.deepcopy(model).generate(**each))
+            able.append(each)
+    assert expected
+    for ours in simulate(rank_generate, world_size, model, able):
         for mine, theirs in zip(ours, expected, strict=True):
             assert torch.equal(mine, theirs)
 
@@ -271,3 +278,22 @@ def test_an_assistant_may_be_dense_or_parallelized() -> None:
     expected = dense("LlamaForCausalLM").generate(ids, max_new_tokens=NEW, do_sample=False)
     for ours in simulate(rank_assisted, 2, ids, helper):
         assert torch.equal(ours, expected)
+
+
+def rank_compiled(group: Group, name: str, options: dict[str, Any]) -> Any:
+    ours: Any = parallelize(copy.deepcopy(dense(name)), group)
+    compiling = CompileConfig(backend="aot_eager", mode=None, fullgraph=True)
+    compiling._compile_all_devices = True
+    torch.manual_seed(group.rank + 7)
+    return ours.generate(**options, compile_config=compiling).tolist()
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_a_compiled_forward_is_dense(do_sample: bool) -> None:
+    name = "LlamaForCausalLM"
+    options = prompt(name) | {"max_new_tokens": NEW, "do_sample": do_sample}
+    options["cache_implementation"] = "static"
+    torch.manual_seed(7)
+    expected = copy.deepcopy(dense(name)).generate(**options).tolist()
+    assert run_ranks(rank_compiled, 2, name, options, deadline_s=300) == [expected] * 2
