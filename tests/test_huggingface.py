@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,7 @@ def test_attention_implementations_are_dense(names: list[str]) -> None:
 def rank_copies(group: Group, dense: Any) -> Tensor:
     model: Any = parallelize(copy.deepcopy(dense), group)
     twin = copy.deepcopy(model)
+    assert inspect.signature(twin.generate) == inspect.signature(dense.generate)
     with torch.no_grad():
         for param in model.parameters():
             param.zero_()

@@ -5,6 +5,7 @@ Nothing here imports transformers: a model that has its methods brought it along
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
 import math
@@ -68,8 +69,9 @@ def _attach(model: nn.Module, group: Group) -> None:
     bind("_get_static_cache_init_shape", _no_early_shape)
     for name, advice in _REFUSED.items():
         bind(name, _refusal(name, advice))
-    if callable(getattr(type(model), "generate", None)):
-        bind("generate", _of(group, _generate))
+    theirs = getattr(type(model), "generate", None)
+    if callable(theirs):  # with their signature and documentation
+        bind("generate", functools.update_wrapper(_of(group, _generate), theirs))
 
 
 def _of(group: Group, method: Callable[..., T]) -> Callable[..., T]:
