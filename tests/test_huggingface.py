@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import families
-from families import FAMILIES
+import model_folders
+from model_folders import FAMILIES
 from tiny import llama, relative, tokens
 from tp_native.errors import TensorParallelError
 from tp_native.group import Group
@@ -72,16 +72,16 @@ def test_what_would_be_wrong_on_a_share_is_refused(tied: bool, tmp_path: Path) -
 
 
 def rank_methods(group: Group, name: str, folder: Path) -> None:
-    dense = families.make(name)
+    dense = model_folders.make(name)
     model: Any = parallelize(copy.deepcopy(dense), group)
     settings = dense.config.to_dict()
-    reference = families.outputs(dense, name)
+    reference = model_folders.outputs(dense, name)
 
     model.tie_weights()
     tied = {id(p) for _, p in model.named_parameters(remove_duplicate=False)}
     assert len(tied) == len({id(p) for p in dense.parameters()})
     same(full_state_dict(model), dense.state_dict())
-    for mine, theirs in zip(families.outputs(model, name), reference, strict=True):
+    for mine, theirs in zip(model_folders.outputs(model, name), reference, strict=True):
         assert relative(mine, theirs) <= 1e-5
 
     marks = {n: mark_of(p) for n, p in model.named_parameters()}

@@ -20,9 +20,9 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-import families
-from families import FAMILIES
+import model_folders
 from harness import run_ranks
+from model_folders import FAMILIES
 from tp_native.errors import TensorParallelError
 from tp_native.group import Group
 from tp_native.parallelize import DistributedModelWrapper, parallelize
@@ -41,7 +41,7 @@ WRITERS = [
 @functools.cache
 def dense(name: str) -> Any:
     """With logits spread out, so that no rounding decides a token."""
-    model = families.make(name)
+    model = model_folders.make(name)
     head = model.get_output_embeddings()
     if head.weight is not model.get_input_embeddings().weight:
         with torch.no_grad():
@@ -50,11 +50,11 @@ def dense(name: str) -> Any:
 
 
 def prompt(name: str) -> dict[str, Tensor]:
-    return {k: v for k, v in families.inputs(name).items() if not k.startswith("decoder")}
+    return {k: v for k, v in model_folders.inputs(name).items() if not k.startswith("decoder")}
 
 
 def padded() -> dict[str, Tensor]:
-    ids = families.inputs("LlamaForCausalLM")["input_ids"]
+    ids = model_folders.inputs("LlamaForCausalLM")["input_ids"]
     mask = torch.tensor([[1] * 7, [0, 0, 0, 1, 1, 1, 1]])
     return {"input_ids": ids * mask, "attention_mask": mask}
 
@@ -274,7 +274,7 @@ def rank_assisted(group: Group, ids: Tensor, assistant: Any) -> Tensor:
 
 def test_an_assistant_may_be_dense_or_parallelized() -> None:
     ids = prompt("LlamaForCausalLM")["input_ids"][:1]
-    helper = families.make("LlamaForCausalLM", num_hidden_layers=1)
+    helper = model_folders.make("LlamaForCausalLM", num_hidden_layers=1)
     expected = dense("LlamaForCausalLM").generate(ids, max_new_tokens=NEW, do_sample=False)
     for ours in simulate(rank_assisted, 2, ids, helper):
         assert torch.equal(ours, expected)

@@ -13,8 +13,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import families
-from families import FAMILIES
+import model_folders
+from model_folders import FAMILIES
 from tiny import relative
 from tp_native.checkpoint.loader import load_pretrained
 from tp_native.checkpoint.writer import save_pretrained
@@ -51,7 +51,7 @@ def tied_names(model: Any) -> list[list[str]]:
 def test_a_folder_is_loaded_as_transformers_loads_it_and_saved_as_it_saves(
     name: str, tmp_path: Path
 ) -> None:
-    dense = families.make(name)
+    dense = model_folders.make(name)
     dense.save_pretrained(tmp_path / "dense")
     kind = getattr(transformers, name)
     expected = kind.from_pretrained(tmp_path / "dense")
@@ -68,7 +68,7 @@ def test_a_folder_is_loaded_as_transformers_loads_it_and_saved_as_it_saves(
         assert ours.generation_config.to_dict() == expected.generation_config.to_dict()
     # Of tensors in memory as ours are; transformers maps files, aligned as they may be.
     for mine, theirs in zip(
-        families.outputs(ours, name), families.outputs(dense, name), strict=True
+        model_folders.outputs(ours, name), model_folders.outputs(dense, name), strict=True
     ):
         assert torch.equal(mine, theirs)
     save_and_compare(ours, tmp_path, kind, expected)
@@ -97,14 +97,14 @@ def rank_load(group: Group, name: str, folder: Path, expected: Any) -> list[Tens
     same_tensors(full_state_dict(model).items(), expected.state_dict().items())
     same_tensors(model.named_buffers(), expected.named_buffers())
     model.save_pretrained(folder / "ours")
-    return families.outputs(model, name)
+    return model_folders.outputs(model, name)
 
 
 @pytest.mark.parametrize(("name", "world_size"), CUT)
 def test_a_folder_is_cut_as_it_is_loaded(name: str, world_size: int, tmp_path: Path) -> None:
-    dense = families.make(name)
+    dense = model_folders.make(name)
     dense.save_pretrained(tmp_path / "dense")
-    reference = families.outputs(dense, name)
+    reference = model_folders.outputs(dense, name)
     results = simulate(rank_load, world_size, name, tmp_path, dense)
     for ours in results:
         for mine, theirs in zip(ours, reference, strict=True):
@@ -127,16 +127,16 @@ def rank_joined(group: Group, folder: Path, dense: Any) -> list[Tensor]:
     assert sum(p.numel() for p in model.parameters()) < dense.num_parameters()
     same_tensors(full_state_dict(model).items(), dense.state_dict().items())
     model.save_pretrained(folder / "ours", max_shard_size=30_000)
-    return families.outputs(model, "Dinov2Model")
+    return model_folders.outputs(model, "Dinov2Model")
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_what_lies_joined_on_file_is_cut_apart(world_size: int, tmp_path: Path) -> None:
-    dense = families.make("Dinov2Model", use_swiglu_ffn=True)
+    dense = model_folders.make("Dinov2Model", use_swiglu_ffn=True)
     dense.save_pretrained(tmp_path / "dense")
     on_file = load_file(tmp_path / "dense" / "model.safetensors")
     assert on_file["encoder.layer.0.mlp.weights_in.weight"].shape == (256, 48)
-    reference = families.outputs(dense, "Dinov2Model")
+    reference = model_folders.outputs(dense, "Dinov2Model")
     for ours in simulate(rank_joined, world_size, tmp_path, dense):
         for mine, theirs in zip(ours, reference, strict=True):
             assert relative(mine, theirs) <= 1e-5
@@ -182,7 +182,9 @@ def with_old_buffer(tensors: dict[str, Tensor]) -> None:
 
 def already_joined(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """As the model holds it: experts in one tensor, in which some checkpoints come."""
-    return {k: v.contiguous() for k, v in families.make("MixtralForCausalLM").state_dict().items()}
+    return {
+        k: v.contiguous() for k, v in model_folders.make("MixtralForCausalLM").state_dict().items()
+    }
 
 
 OLDER: list[tuple[str, Any]] = [
@@ -197,7 +199,7 @@ OLDER: list[tuple[str, Any]] = [
 
 @pytest.mark.parametrize(("name", "change"), OLDER)
 def test_older_names_and_prefixes_are_found(name: str, change: Any, tmp_path: Path) -> None:
-    dense = families.make(name)
+    dense = model_folders.make(name)
     dense.save_pretrained(tmp_path)
     edit(tmp_path, change)
     same_tensors(load_pretrained(tmp_path).state_dict().items(), dense.state_dict().items())
@@ -228,7 +230,7 @@ WRONG: list[tuple[str, Any, str]] = [
 
 @pytest.mark.parametrize(("name", "change", "words"), WRONG)
 def test_what_does_not_fit_is_listed(name: str, change: Any, words: str, tmp_path: Path) -> None:
-    families.make(name).save_pretrained(tmp_path)
+    model_folders.make(name).save_pretrained(tmp_path)
     edit(tmp_path, lambda tensors: change(tensors) and None)
     with pytest.raises(CheckpointError, match=f"no weight was loaded.*{words}"):
         load_pretrained(tmp_path)
@@ -249,7 +251,7 @@ ASKED: list[tuple[str, Any, str]] = [
 def test_the_class_is_the_configs_or_the_types_first(
     name: str, architectures: Any, loaded: str, tmp_path: Path
 ) -> None:
-    families.make(name).save_pretrained(tmp_path)
+    model_folders.make(name).save_pretrained(tmp_path)
     edit_config(tmp_path, architectures=architectures)
     assert type(load_pretrained(tmp_path)).__name__ == loaded
 
@@ -258,7 +260,7 @@ def test_buffers_that_no_file_holds_are_those_of_a_normal_build_in_bfloat16(
     tmp_path: Path,
 ) -> None:
     for name in ("LlamaForCausalLM", "GPTJForCausalLM", "Gemma3ForCausalLM", "MarianMTModel"):
-        families.make(name, torch.bfloat16).save_pretrained(tmp_path / name)
+        model_folders.make(name, torch.bfloat16).save_pretrained(tmp_path / name)
         ours = load_pretrained(tmp_path / name)
         theirs = getattr(transformers, name).from_pretrained(tmp_path / name)
         same_tensors(ours.named_buffers(), theirs.named_buffers())
