@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import families
 from tiny import VOCAB, llama, qwen3, tokens
 from tp_native.errors import TensorParallelError
 from tp_native.generate import generate
@@ -148,6 +149,19 @@ def test_bad_arguments_are_named(case: str) -> None:
     arguments: dict[str, Any] = {"input_ids": tokens(), "max_new_tokens": 3} | change
     with pytest.raises(ValueError, match=words):
         generate(llama(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("BertModel", "causal language model, got BertModel$"),
+        ("LlamaModel", "causal language model, got LlamaModel$"),
+        ("T5ForConditionalGeneration", r"T5ForConditionalGeneration; call its own .generate"),
+    ],
+)
+def test_models_that_do_not_continue_text_are_named(name: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        generate(families.make(name), tokens(), 3)
 
 
 def rank_bad(group: Group, dense: Any) -> None:

@@ -195,9 +195,12 @@ def _text_config(model: nn.Module) -> Any:
     config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config(decoder=True)
-    if not hasattr(config, "vocab_size") or not hasattr(model, "forward"):
+    can_generate = getattr(model, "can_generate", None)
+    is_decoder = can_generate() if callable(can_generate) else hasattr(config, "vocab_size")
+    if not is_decoder or getattr(config, "is_encoder_decoder", False):
         raise ValueError(
             f"generate needs a transformers causal language model, got {type(model).__name__}"
+            + ("; call its own .generate on all ranks" if is_decoder else "")
         )
     return config
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from . import huggingface
 from .agreement import agreed, check_same
-from .checkpoint.writer import parse_bytes, save_pretrained
 from .collectives import all_reduce_sum
 from .errors import PlanError
 from .group import Group, GroupLike, current_group
@@ -122,7 +121,8 @@ def parallelize(
             for step in reversed(undo):
                 step()
             raise
-    _attach(model, ParallelState(group, plan))
+    attach_state(model, ParallelState(group, plan))
+    huggingface.attach(model, group)
     guard(model)
     return model
 
@@ -384,36 +384,3 @@ def _take_share(
 def _sum_output(group: Group, module: nn.Module, args: Any, output: Any) -> Any:
     """A forward hook: the sum of the ranks' outputs."""
     return all_reduce_sum(output, group)
-
-
-def _attach(model: nn.Module, state: ParallelState) -> None:
-    attach_state(model, state)
-    if hasattr(model, "save_pretrained"):
-        # transformers' own would write this rank's share as if it were the model.
-        model.__dict__["save_pretrained"] = MethodType(_save_pretrained, model)
-    if hasattr(model, "_get_static_cache_init_shape"):
-        # The static cache then takes its heads from the first keys it sees, not from the config.
-        model.__dict__["_get_static_cache_init_shape"] = _no_early_shape
-
-
-def _save_pretrained(
-    model: nn.Module,
-    save_directory: str,
-    *,
-    max_shard_size: int | str = "5GB",
-    **unsupported: Any,
-) -> None:
-    """`tp_native.save_pretrained` under the name and options that transformers' users know."""
-    neutral = (None, True, False)
-    odd = [key for key, value in unsupported.items() if not any(value is n for n in neutral)]
-    if odd or unsupported.get("push_to_hub"):
-        raise ValueError(
-            f"save_pretrained of a parallelized model does not take {odd or ['push_to_hub']}; "
-            "call it on all ranks with the folder and, if you like, max_shard_size"
-        )
-    max_shard_bytes = parse_bytes(max_shard_size)
-    save_pretrained(model, save_directory, max_shard_bytes=max_shard_bytes)
-
-
-def _no_early_shape() -> None:
-    return None

@@ -28,8 +28,9 @@ from ..nn.lora import (
     lora_marks,
 )
 from ..state import unwrap
+from .items import Item, widest_first
 from .reader import SafetensorsFile, raise_if_any, read_shard
-from .writer import Item, widest_first, write_folder
+from .writer import write_folder
 
 _WEIGHTS = "adapter_model.safetensors"
 _CONFIG = "adapter_config.json"

@@ -21,6 +21,7 @@ from ..nn.lora import has_lora
 from ..parallelize import parallelize
 from ..plan import ShardPlan
 from ..state import unwrap
+from .layouts import Conversion, loaded, shapes_of
 from .optimizer import load_optimizer
 from .reader import CheckpointFolder, raise_if_any, read_shard
 from .skeleton import (
@@ -33,10 +34,10 @@ from .skeleton import (
 
 @dataclass(frozen=True)
 class _Job:
-    """One tensor to fill: model name, name on file, and this rank's cut of it."""
+    """One tensor to fill: model name, name on file or what makes it, and this rank's cut of it."""
 
     name: str
-    source: str
+    source: str | Conversion
     cut: ShardMark | None
 
 
@@ -49,13 +50,15 @@ def load_pretrained(
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> nn.Module:
-    """Load a causal language model from a local Hugging Face folder, cut for ``group``.
+    """Load a model from a local Hugging Face folder, cut for ``group``.
 
-    Collective. Each rank reads exactly its slices of the safetensors files and never holds the
-    dense model. ``dtype=None`` keeps the folder's (the config's, else the file's); ``device``
-    defaults to the group's; ``progress`` shows a bar on rank 0. The result is in eval mode, with
-    the folder's generation settings, and ``tp_load_stats`` (``bytes_read``, ``tensors``,
-    ``seconds``). Code in the folder is never run and nothing is downloaded.
+    It is of the transformers class that the folder's config names in ``architectures``, else the
+    causal language model of its type, else the bare model. Collective. Each rank reads exactly its
+    slices of the safetensors files and never holds the dense model. ``dtype=None`` keeps the
+    folder's (the config's, else the file's); ``device`` defaults to the group's; ``progress`` shows
+    a bar on rank 0. The result is in eval mode, with the folder's generation settings, and
+    ``tp_load_stats`` (``bytes_read``, ``tensors``, ``seconds``). Code in the folder is never run
+    and nothing is downloaded.
 
     Raises: CheckpointError, the same on every rank, if the folder, its config or its files are
     unusable or if any tensor is missing, unexpected or of the wrong shape or kind (all are
@@ -149,18 +152,17 @@ def _match(model: nn.Module, files: CheckpointFolder) -> list[_Job]:
             if id(value) not in first_names and not _may_miss(model, name, value):
                 missing.append(name)
             continue
-        info = files.tensors[source]
         cut = mark_of(value)
         shape = tuple(value.shape) if cut is None else cut.full_shape(value)
-        if info.shape != shape:
-            wrong.append(f"{name}: shape {list(info.shape)} on file, expected {list(shape)}")
-        elif info.dtype.is_floating_point != value.dtype.is_floating_point:
-            wrong.append(f"{name}: dtype {info.dtype} on file, expected {value.dtype}")
-        jobs.append(_Job(name, source, cut))
+        if source.shape != shape:
+            wrong.append(f"{name}: shape {list(source.shape)} on file, expected {list(shape)}")
+        elif source.dtype.is_floating_point != value.dtype.is_floating_point:
+            wrong.append(f"{name}: dtype {source.dtype} on file, expected {value.dtype}")
+        jobs.append(_Job(name, source.origin, cut))
     ignored = _ignored_patterns(model)
     unexpected = [
         name
-        for name in sorted(set(files.tensors) - set(sources.values()))
+        for name in sorted(set(files.tensors).difference(*(s.names for s in sources.values())))
         if not any(re.search(pattern, name) for pattern in ignored)
     ]
     raise_if_any(
@@ -174,52 +176,54 @@ def _expected(model: nn.Module) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
+@dataclass(frozen=True)
+class _Source:
+    """Where a tensor of the model comes from: its shape and dtype, and the names on file."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    origin: str | Conversion
+
+    @property
+    def names(self) -> list[str]:
+        if isinstance(self.origin, str):
+            return [self.origin]
+        return [name for name, _ in self.origin.sources]
+
+
 def _sources(
     model: nn.Module, files: CheckpointFolder, expected: Mapping[str, Tensor]
-) -> tuple[dict[str, str], list[str]]:
-    """Model name to name on file, after transformers' renames of old checkpoints."""
-    rename = _renamer(model, files, expected)
-    sources: dict[str, str] = {}
-    clashes = []
-    for source in sorted(files.tensors):
-        name = source if source in expected else rename(source)
-        if name not in expected:
-            continue
+) -> tuple[dict[str, _Source], list[str]]:
+    """Each tensor's source, after transformers' conversions of old checkpoints; what is wrong."""
+    on_file = files.tensors
+    names, conversions = loaded(model, on_file, expected)
+    sources: dict[str, _Source] = {}
+    wrong = []
+    for source, name in sorted(names.items()):
         if name in sources:
-            clashes.append(f"{name}: both {sources[name]} and {source} on file mean it")
-        sources[name] = source
-    return sources, clashes
+            wrong.append(f"{name}: both {sources[name].origin} and {source} on file mean it")
+        sources[name] = _Source(on_file[source].shape, on_file[source].dtype, source)
 
+    def empty(source: str) -> Tensor:
+        return torch.empty(on_file[source].shape, dtype=on_file[source].dtype, device="meta")
 
-def _renamer(model: nn.Module, files: CheckpointFolder, expected: Mapping[str, Tensor]) -> Any:
-    if not hasattr(model, "base_model_prefix"):
-        return lambda source: source
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    mapping = get_model_conversion_mapping(model)  # type: ignore[arg-type]
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-
-    def rename(source: str) -> str:
-        name, converter = rename_source_key(
-            source, renamings, converters, str(model.base_model_prefix), dict(expected)
-        )
-        if converter is not None and name in expected:
-            raise CheckpointError(
-                f"{files.where(source)}: {source} is in an older layout that must be converted; "
-                "load and save the folder once with transformers"
-            )
-        return name
-
-    return rename
+    for conversion in conversions:
+        made = shapes_of(conversion, empty)
+        if isinstance(made, CheckpointError):
+            wrong.append(str(made))
+            continue
+        for name, value in made.items():
+            if name in sources:
+                wrong.append(f"{name}: {sources[name].names} and {conversion.sources} both mean it")
+            if name in expected:
+                sources[name] = _Source(tuple(value.shape), value.dtype, conversion)
+    return sources, wrong
 
 
 def _may_miss(model: nn.Module, name: str, value: Tensor) -> bool:
-    """A buffer that was computed at build time may be absent if transformers says so."""
+    """What was computed at build time may be absent if transformers says so."""
     patterns = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
-    computed = not isinstance(value, nn.Parameter) and value.device.type != "meta"
-    return computed and any(re.search(pattern, name) for pattern in patterns)
+    return value.device.type != "meta" and any(re.search(pattern, name) for pattern in patterns)
 
 
 def _ignored_patterns(model: nn.Module) -> set[str]:
@@ -244,22 +248,45 @@ def _fill(
     """Give every tensor its memory and its values; returns the number of tensors filled."""
     expected = _expected(model)
     filled: dict[int, Tensor] = {}
+    made: dict[Conversion, dict[str, Tensor]] = {}
     for job in _with_bar(jobs, progress):
         old = expected[job.name]
         tied = filled.get(id(old))
         out = _room(model, job.name, old, device, dtype) if tied is None else torch.empty_like(tied)
-        count = read_shard(files, job.source, out, job.cut)
+        count = _read(files, job, out, made)
         if count != out.numel():
             raise CheckpointError(f"{job.name}: filled {count} of {out.numel()} elements")
         if tied is None:
             filled[id(old)] = out
         elif not torch.equal(out, tied):
             raise CheckpointError(
-                f"{files.where(job.source)}: {job.source} is tied to another tensor of the model "
+                f"{files.path}: {job.name} is tied to another tensor of the model "
                 "but their values differ on file; set tie_word_embeddings to false in config.json"
             )
     _install(model, filled, device)
     return len(filled)
+
+
+def _read(
+    files: CheckpointFolder, job: _Job, out: Tensor, made: dict[Conversion, dict[str, Tensor]]
+) -> int:
+    """Fill ``out``; of converted tensors ``made`` keeps those that are still to be asked for."""
+    if isinstance(job.source, str):
+        return read_shard(files, job.source, out, job.cut)
+
+    def whole(source: str) -> Tensor:
+        info = files.tensors[source]
+        value = torch.empty(info.shape, dtype=info.dtype)
+        files.read_into(source, value)
+        return value
+
+    if job.source not in made:
+        made[job.source] = job.source.run(whole)
+    value = made[job.source].pop(job.name)
+    if not made[job.source]:
+        del made[job.source]
+    out.copy_(value if job.cut is None else job.cut.local(value))
+    return out.numel()
 
 
 def _room(

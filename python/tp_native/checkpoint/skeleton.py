@@ -6,7 +6,10 @@ Never runs code from the folder, never touches the network.
 
 from __future__ import annotations
 
+import math
+import re
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,11 +24,21 @@ from .reader import TensorInfo
 # transformers sets torch's default dtype, which is process-wide, while it builds.
 _build_lock = threading.Lock()
 
-_UNINITIALIZED: tuple[Callable[..., Any], ...] = (torch.empty,)
+# How layers allocate weights: what they hold comes from the checkpoint.
+_UNINITIALIZED: tuple[Callable[..., Any], ...] = (torch.empty, torch.randn, torch.rand)
+# How they are drawn, by tensors' methods or by functions of nn.init, which transformers replaces.
+_DRAWS = ("normal_", "uniform_", "log_normal_", "exponential_", "kaiming_uniform_")
 
 
-class _EmptyOnMeta(TorchFunctionMode):
-    """Sends ``torch.empty``, which is how layers allocate weights, to meta; this thread only."""
+class _NoDraws(TorchFunctionMode):
+    """Draws no random number: weights are allocated on ``device``, and are NaN if they are real.
+
+    Of this thread only.
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
 
     def __torch_function__(
         self,
@@ -36,16 +49,20 @@ class _EmptyOnMeta(TorchFunctionMode):
     ) -> Any:
         kwargs = dict(kwargs or {})
         if func in _UNINITIALIZED:
-            kwargs["device"] = "meta"
+            kwargs["device"] = self.device
             kwargs.pop("pin_memory", None)
+            made = func(*args, **kwargs)
+            return made.fill_(math.nan) if made.is_floating_point() else made
+        if getattr(func, "__name__", None) in _DRAWS:
+            return args[0] if args else kwargs["tensor"]
         return func(*args, **kwargs)
 
 
 def read_config(folder: Path) -> Any:
     """The folder's transformers config.
 
-    Raises: CheckpointError if the folder or ``config.json`` is missing or unreadable, if the
-    architecture is not one of transformers' causal language models, or the weights quantized.
+    Raises: CheckpointError if the folder or ``config.json`` is missing or unreadable, if
+    transformers has no model for it, or the weights are quantized.
     """
     if not folder.is_dir():
         raise CheckpointError(
@@ -56,7 +73,7 @@ def read_config(folder: Path) -> Any:
         raise CheckpointError(f"{folder}: no config.json; expected a Hugging Face model folder")
     with _build_lock:
         try:
-            from transformers import AutoConfig, AutoModelForCausalLM
+            from transformers import AutoConfig
         except ModuleNotFoundError as error:
             raise CheckpointError(
                 f'{error.name} is not installed, and models are built by it: pip install ".[hf]" '
@@ -68,18 +85,43 @@ def read_config(folder: Path) -> Any:
             )
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"{folder}/config.json: not readable: {error}") from error
-        if type(config) not in AutoModelForCausalLM._model_mapping:
-            raise CheckpointError(
-                f"{folder}/config.json: model_type {getattr(config, 'model_type', None)!r} "
-                f"(architectures {getattr(config, 'architectures', None)}) has no causal language "
-                "model in transformers; only those can be loaded"
-            )
+        try:
+            _model_class(config)
+        except CheckpointError as error:
+            raise CheckpointError(f"{folder}/config.json: {error}") from error
     if getattr(config, "quantization_config", None):
         raise CheckpointError(
             f"{folder}/config.json: quantized weights are not supported; load a folder in "
             "float32, bfloat16 or float16"
         )
     return config
+
+
+def _model_class(config: Any) -> Any:
+    """The class that ``architectures`` names, else the causal language model, else the bare model.
+
+    Only transformers' own classes are looked at: a name of another package's, or of code in the
+    folder, falls through to what transformers builds for the config's type.
+    """
+    import transformers
+
+    for name in getattr(config, "architectures", None) or ():
+        kind = getattr(transformers, name, None) if isinstance(name, str) else None
+        if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
+            continue
+        if not isinstance(config, kind.config_class or ()):
+            raise CheckpointError(
+                f"architectures {config.architectures} do not belong to model_type "
+                f"{config.model_type!r}; one of the two is wrong"
+            )
+        return kind
+    for auto in (transformers.AutoModelForCausalLM, transformers.AutoModel):
+        if type(config) in auto._model_mapping:
+            return auto
+    raise CheckpointError(
+        f"model_type {getattr(config, 'model_type', None)!r} (architectures "
+        f"{getattr(config, 'architectures', None)}) has no model in transformers"
+    )
 
 
 def resolve_dtype(
@@ -111,14 +153,15 @@ def build_skeleton(config: Any, dtype: torch.dtype) -> nn.Module:
     Raises: CheckpointError if a buffer would stay without a value.
     """
     with _build_lock:
-        from transformers import AutoModelForCausalLM
-
-        with _EmptyOnMeta():
-            model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=dtype, trust_remote_code=False
-            )
-    assert isinstance(model, nn.Module)
-    _move_rest_to_meta(model)
+        kind = _model_class(config)
+        with _NoDraws("meta"):
+            if issubclass(kind, nn.Module):
+                model = kind._from_config(config, dtype=dtype)
+            else:
+                model = kind.from_config(config, dtype=dtype, trust_remote_code=False)
+        assert isinstance(model, nn.Module)
+        _move_rest_to_meta(model)
+        _compute_rest(model)
     persistent = model.state_dict().keys()
     lost = [n for n, b in model.named_buffers() if b.device.type == "meta" and n not in persistent]
     if lost:
@@ -141,6 +184,39 @@ def _move_rest_to_meta(model: nn.Module) -> None:
                 moved[id(param)] = nn.Parameter(empty, requires_grad=param.requires_grad)
                 moved[id(param)].__dict__.update(param.__dict__)
             module._parameters[name] = moved[id(param)]
+
+
+def _compute_rest(model: nn.Module) -> None:
+    """Compute anew what transformers computes once more as it loads: buffers, in float32 whatever
+    the weights' dtype, and parameters that no checkpoint need hold (tables of sines, say).
+
+    Such a parameter stays on meta, and is missed, if its initialization draws it.
+    """
+    patterns = getattr(model, "_keys_to_ignore_on_load_missing", None) or ()
+    absent: list[tuple[nn.Module, str, nn.Parameter]] = []
+    times = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    for path, param in model.named_parameters() if patterns else ():
+        if times[id(param)] == 1 and any(re.search(pattern, path) for pattern in patterns):
+            module_name, _, name = path.rpartition(".")
+            module = model.get_submodule(module_name)
+            absent.append((module, name, param))
+            room = torch.full(param.shape, math.nan, dtype=param.dtype)
+            module._parameters[name] = nn.Parameter(room, param.requires_grad)
+    with _NoDraws("cpu"), torch.no_grad():
+        _initialize(model, model)
+    for module, name, param in absent:
+        computed = module._parameters[name]
+        if computed is not None and computed.isnan().any():
+            module._parameters[name] = param
+
+
+def _initialize(module: nn.Module, owner: Any) -> None:
+    """Call each module's initialization, that of the model it belongs to, children first."""
+    owner = module if hasattr(module, "_init_weights") else owner
+    for child in module.children():
+        _initialize(child, owner)
+    if hasattr(owner, "_init_weights"):
+        owner._init_weights(module)
 
 
 def load_generation_config(model: nn.Module, folder: Path) -> None:

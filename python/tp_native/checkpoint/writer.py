@@ -17,8 +17,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,8 @@ from torch import Tensor, nn
 from ..agreement import agree, agreed
 from ..errors import CheckpointError
 from ..group import Group, GroupLike, current_group
-from ..nn import LoRAModule, full_of, mark_of
 from ..state import state_of, unwrap
+from .items import Item, items_of, widest_first
 from .optimizer import OPTIMIZER_SETTINGS, OPTIMIZER_TENSORS, optimizer_tensors
 from .reader import DTYPES
 
@@ -42,23 +41,6 @@ _OURS = re.compile(
 )
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _AT_FDCWD = -100  # linux/fcntl.h
-
-
-@dataclass(frozen=True)
-class Item:
-    """One tensor of the folder to be: its dense name, and this rank's part, marked if it is one."""
-
-    name: str
-    local: Tensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        mark = mark_of(self.local)
-        return tuple(self.local.shape) if mark is None else mark.full_shape(self.local)
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.local.dtype.itemsize
 
 
 def save_pretrained(
@@ -89,7 +71,7 @@ def save_pretrained(
     def lay_out() -> list[tuple[str, list[Item]]]:
         if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
             raise ValueError(f"max_shard_bytes must be an int > 0, got {max_shard_bytes!r}")
-        files = _lay_out(_items(inner), max_shard_bytes)
+        files = _lay_out(items_of(inner), max_shard_bytes)
         if optimizer is not None:
             tensors, texts[OPTIMIZER_SETTINGS] = optimizer_tensors(inner, optimizer)
             files.append((OPTIMIZER_TENSORS, widest_first(Item(*t) for t in tensors)))
@@ -158,31 +140,6 @@ def parse_bytes(size: int | str) -> int:
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
-def _items(model: nn.Module) -> list[Item]:
-    if any(not layer.lora_is_merged for layer in model.modules() if isinstance(layer, LoRAModule)):
-        raise CheckpointError(
-            f"{type(model).__name__} has LoRA adapters, which no other model would load: "
-            "save_lora(model, folder) writes them, and after merge_lora(model) they are saved in "
-            "the weights"
-        )
-    items, seen = [], set()
-    for name, value in model.state_dict(keep_vars=True).items():
-        if not isinstance(value, Tensor) or id(value) in seen:
-            continue
-        seen.add(id(value))
-        if value.device.type == "meta":
-            raise CheckpointError(f"{name} is on meta: load weights before saving")
-        if value.dtype not in _NAMES:
-            raise CheckpointError(f"{name} has dtype {value.dtype}, which safetensors cannot hold")
-        items.append(Item(name, value))
-    return widest_first(items)
-
-
-def widest_first(items: Iterable[Item]) -> list[Item]:
-    """Readers map tensors in place, so each must lie on its own alignment."""
-    return sorted(items, key=lambda item: -item.local.dtype.itemsize)
-
-
 def _lay_out(items: Sequence[Item], max_bytes: int) -> list[tuple[str, list[Item]]]:
     """Fill files in order up to ``max_bytes``; a larger tensor gets a file of its own."""
     groups: list[list[Item]] = [[]]
@@ -208,7 +165,7 @@ def _write_file(items: Sequence[Item], staging: _Staging | None, file: str) -> E
     with contextlib.ExitStack() as stack:
         writer: _FileWriter | None = None
         for item in items:
-            whole = full_of(item.local)
+            whole = item.whole()
             if staging is None or error is not None:
                 continue
             try:
@@ -232,7 +189,7 @@ class _FileWriter:
         offset = 0
         for item in items:
             header[item.name] = {
-                "dtype": _NAMES[item.local.dtype],
+                "dtype": _NAMES[item.dtype],
                 "shape": list(item.shape),
                 "data_offsets": [offset, offset + item.nbytes],
             }
