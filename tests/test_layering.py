@@ -39,7 +39,7 @@ PYTHON = [
     {"structure", "optim"},
     {"plan"},
     {"state"},
-    {"guards", "translated", "tune", "verify"},
+    {"guards", "masks", "translated", "tune", "verify"},
     {"checkpoint", "checkpoint.reader"},
     {"checkpoint.layouts", "checkpoint.optimizer"},
     {"checkpoint.items"},

@@ -67,12 +67,12 @@ def test_fewer_heads_than_ranks_are_shared_with_the_queries_dealt_out() -> None:
     assert made.attributes[layer[:-1]] == {"num_key_value_groups": (1, 1, 2, 2, 2)}
 
 
-def test_ratios_shift_the_cut_and_may_not_empty_attention() -> None:
+def test_ratios_shift_the_cut_and_may_leave_a_rank_without_heads() -> None:
     made = plan(on_meta(llama), 2, ratios=[3, 1])
     assert made.shard("model.layers.0.self_attn.k_proj.weight").partition.sizes == (24, 8)
     assert made.shard("model.layers.0.mlp.up_proj.weight").partition.sizes == (53, 17)
-    with pytest.raises(PlanError, match="leave a rank without"):
-        plan(on_meta(llama), 2, ratios=[20, 1])
+    far = plan(on_meta(llama), 2, ratios=[20, 1])
+    assert far.shard("model.layers.0.self_attn.k_proj.weight").partition.sizes == (32, 0)
     with pytest.raises(PlanError, match="2 ratios"):
         plan(on_meta(llama), 3, ratios=[1, 1])
 
@@ -184,7 +184,7 @@ def test_an_embedding_that_reads_its_table_stays_whole_with_what_is_tied_to_it()
     made = plan(model, 2)
     assert not made.entries
     assert "NormedEmbedding does more" in made.whole["0"]
-    assert "tied to 0" in made.whole["1"]
+    assert "read past its forward" in made.whole["1"]
 
 
 def test_norms_inside_heads_sum_their_gradients() -> None:

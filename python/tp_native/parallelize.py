@@ -16,6 +16,7 @@ from .collectives import all_reduce_sum
 from .errors import PlanError
 from .group import Group, GroupLike, current_group
 from .guards import guard
+from .masks import draw_own_masks
 from .nn import (
     ColumnParallelConv1D,
     ColumnParallelEmbedding,
@@ -245,6 +246,7 @@ def _apply(model: nn.Module, plan: ShardPlan, group: Group) -> list[Callable[[],
         undo.append(partial(setattr, module, "__class__", type(module)))
         _sum_gradients(module, locals_, group)
     undo += translate_modules(model, plan, group)
+    undo += [draw_own_masks(model.get_submodule(name), group) for name in plan.random]
     undo += _switches_of_fused_layers(model)
     without_fused_layers(model)
     for follower, owner in plan.followers.items():

@@ -46,6 +46,8 @@ from .styles import (
 # Matrices that together are no more of the model than this stay whole rather than cost a
 # collective each.
 _SMALL = 0.01
+# So much of the model may lie on every rank to save a collective in each attention.
+_SHARED = 0.04
 
 
 def plan(
@@ -81,8 +83,7 @@ def plan(
     modules = dict(model.named_modules())
     given = given_styles(model, modules, rules)
     planner = _Planner(model, modules, given, world_size, ratios)
-    if not planner.is_complete():
-        planner.follow(inputs)
+    planner.follow(inputs)
     return planner.made()
 
 
@@ -123,14 +124,6 @@ class _Planner:
         return found
 
     # -- where the styles come from
-
-    def is_complete(self) -> bool:
-        """Whether given styles say all there is to say: no need to follow the model."""
-        if not all(name in self.given for name in self.leaves):
-            return False
-        own = [n for n, g in self.given.items() if g.style in (COLUMN, ROW) and n in self.leaves]
-        heads = [self._kv_heads(name)[0] for name in own]
-        return all(count is None or count >= self.world_size for count in heads)
 
     def follow(self, inputs: Sequence[Any] | Tensor | None) -> None:
         """Cut pairs that the structure shows."""
@@ -213,6 +206,7 @@ class _Planner:
             partial_gradients=self._partial(),
             attributes=self.followed.attributes if self.followed else {},
             translated=self.followed.translated if self.followed else {},
+            random=tuple(sorted(self.followed.random)) if self.followed else (),
             summed=tuple(n for n, g in self.given.items() if g.style == ALL_REDUCE),
             whole=self.whole,
             followers=self.followers,
@@ -286,6 +280,9 @@ class _Planner:
         partial = self.followed.partial_outputs if self.followed else set()
         total = sum(elements_of(leaf) for leaf in self.leaves.values())
         left = _SMALL * total
+        shared = [n for n in rest if n in partial and self.leaves[n].kind in ("linear", "conv1d")]
+        if sum(elements_of(self.leaves[n]) for n in shared) > _SHARED * total:
+            shared = []
         for name in sorted(rest, key=lambda n: elements_of(self.leaves[n])):
             leaf, size = self.leaves[name], elements_of(self.leaves[name])
             why = self._unfit(name)
@@ -293,6 +290,8 @@ class _Planner:
                 self.whole[name] = why
             elif name in partial and leaf.kind == "embedding":
                 self.whole[name] = "its rows meet what is cut, on every rank another part of it"
+            elif name in shared:
+                self.entries[name] = self._held_by_all(leaf)
             elif size <= left and name not in partial and leaf.kind != "attention":
                 left -= size
                 self.whole[name] = "too small to be worth a collective"
@@ -311,6 +310,15 @@ class _Planner:
         style = ROW_SPLIT if is_narrow else COLUMN_GATHER
         entry = self._entry(leaf, style, self._cut(_size(leaf, style)))
         return replace(entry, note=note, gather_grad="partial" if is_partial else "replicated")
+
+    def _held_by_all(self, leaf: Leaf) -> ShardEntry:
+        """What every rank needs whole beside its part of something else: the one key/value head of
+        multi-query attention.
+        """
+        size = _out_size(leaf)
+        layout = ShardLayout(size, (((0, size),),) * self.world_size)
+        entry = self._entry(leaf, COLUMN, layout)
+        return replace(entry, note="every rank needs all of it beside its part of the heads")
 
     def _entry(self, leaf: Leaf, style: str, layout: Partition | ShardLayout) -> ShardEntry:
         dims = {name: 0 for name, p in leaf.module._parameters.items() if p is not None}

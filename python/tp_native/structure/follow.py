@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
 )
 
+from . import rules
 from .axes import parts
 from .inputs import Inputs, guesses
 from .replay import Attributes, Fitter
@@ -35,6 +36,7 @@ class Followed:
     partial: set[str] = field(default_factory=set)
     partial_outputs: set[str] = field(default_factory=set)
     translated: dict[str, str] = field(default_factory=dict)
+    random: set[str] = field(default_factory=set)  # modules that draw masks of cut activations
     dropped: dict[str, str] = field(default_factory=dict)  # leaf -> why its pair was given up
     failure: str = ""
 
@@ -62,7 +64,7 @@ def follow(
     ``fits(producers, consumers)`` says whether a pair is wanted. A pair is given up where the
     model's code can't run on its pieces or its gradients would be wrong.
     """
-    seen, used, failure = _trace(model, inputs)
+    seen, used, failure = _trace(model, found, inputs)
     if seen is None or used is None:
         return Followed(Trace(found), Solution(ranks), failure=failure)
     for name, leaf in found.items():  # the planner's own leaves get the axes that were traced
@@ -85,6 +87,11 @@ def follow(
                 result.translated = fitted.regions
                 result.partial = flow.partial
                 result.partial_outputs = flow.partial_outputs
+                result.random = {
+                    event.module
+                    for event in seen.events
+                    if event.name in rules.RANDOM and result.solution.is_cut(event.outs[0])
+                }
                 return result
             event, why = flow.conflict
             bad = {id(p): f"{why} ({_place(event)})" for p in _blame(result, pairs, event)}
@@ -94,13 +101,15 @@ def follow(
         pairs = [pair for pair in pairs if id(pair) not in bad]
 
 
-def _trace(model: nn.Module, inputs: Inputs | None) -> tuple[Trace | None, Inputs | None, str]:
+def _trace(
+    model: nn.Module, found: dict[str, Leaf], inputs: Inputs | None
+) -> tuple[Trace | None, Inputs | None, str]:
     failure = ""
     has_values = not any(p.is_meta for p in model.parameters())
     for args, kwargs in [inputs] if inputs is not None else guesses(model):
         for is_fake in (True, False):
             try:
-                return trace(model, args, kwargs, is_fake=is_fake), (args, kwargs), ""
+                return trace(model, found, args, kwargs, is_fake=is_fake), (args, kwargs), ""
             except Exception as error:
                 said = (str(error).splitlines() or [""])[0]
                 failure = failure or f"{type(error).__name__}: {said}"

@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from .axes import Axis, leaves
 from .solve import Solution
 from .trace import Event, Leaf, Trace, Tracer, Value, run
 from .translate import Translator
+from .twin import twin_of
 
 # Calls whose integers are sizes, which differ between ranks.
 _SIZED = frozenset(
@@ -227,22 +229,6 @@ def _alike(dense: tuple[Any, ...], local: tuple[Any, ...], are_sizes: bool) -> b
     )
 
 
-@contextlib.contextmanager
-def local_attributes(model: nn.Module, attributes: Attributes, rank: int) -> Iterator[None]:
-    """Modules with this rank's attribute values while the block runs."""
-    undo = []
-    try:
-        for name, values in attributes.items():
-            module = model.get_submodule(name)
-            for attribute, per_rank in values.items():
-                undo.append((module, attribute, getattr(module, attribute)))
-                setattr(module, attribute, per_rank[rank])
-        yield
-    finally:
-        for module, attribute, value in reversed(undo):
-            setattr(module, attribute, value)
-
-
 def replay(
     model: nn.Module,
     trace: Trace,
@@ -259,9 +245,16 @@ def replay(
     """
     runner = _Replay(model, trace.leaves, trace, solution, rank, regions)
     mode = FakeTensorMode(allow_non_fake_inputs=True) if trace.is_fake else None
-    with local_attributes(model, attributes, rank), _quiet(), _region_forwards(model, runner):
+    twin = twin_of(model, mode)
+    for name, values in attributes.items():
+        for attribute, per_rank in values.items():
+            setattr(twin.get_submodule(name), attribute, per_rank[rank])
+    for name in regions:
+        region = twin.get_submodule(name)
+        region.__dict__["forward"] = partial(_call_region, runner, name, region.forward)
+    with _quiet():
         try:
-            run(model, mode, runner, trace.leaves, args, kwargs)
+            run(twin, mode, runner, args, kwargs)
         except Departure:
             raise
         except Exception as error:
@@ -270,21 +263,8 @@ def replay(
         raise Departure(runner.event, "stops early")
 
 
-@contextlib.contextmanager
-def _region_forwards(model: nn.Module, runner: _Replay) -> Iterator[None]:
-    """Send the forwards of translated modules through ``runner`` while the block runs."""
-
-    def hooked(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda *args, **kwargs: runner.call_region(name, forward, args, kwargs)
-
-    modules = [model.get_submodule(name) for name in runner.regions]
-    try:
-        for name, module in zip(runner.regions, modules, strict=True):
-            module.__dict__["forward"] = hooked(name, module.forward)
-        yield
-    finally:
-        for module in modules:
-            module.__dict__.pop("forward", None)
+def _call_region(runner: _Replay, name: str, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    return runner.call_region(name, forward, args, kwargs)
 
 
 @contextlib.contextmanager

@@ -50,6 +50,20 @@ METADATA = frozenset(
     }
 )  # fmt: skip
 
+# Functions that draw random numbers where their dropout is not 0.
+RANDOM = frozenset(
+    [
+        "dropout",
+        "alpha_dropout",
+        "feature_dropout",
+        "feature_alpha_dropout",
+        "dropout1d",
+        "dropout2d",
+        "dropout3d",
+        "scaled_dot_product_attention",
+    ]
+)
+
 # Makers of tensors that hold one number everywhere.
 CONSTANT = frozenset(
     {"zeros", "ones", "full", "empty", "zeros_like", "ones_like", "full_like", "empty_like"}

@@ -91,8 +91,15 @@ class Solution:
 
     def layout(self, axis: Axis) -> ShardLayout:
         """Where each rank's part of a weight's axis lies."""
-        ranges = tuple(tuple(_merged(self.ranges([axis], rank))) for rank in range(self.ranks))
-        return ShardLayout(axis.size, _aligned(ranges))
+        held = [_merged(self.ranges([axis], rank)) for rank in range(self.ranks)]
+        sizes = [sum(b - a for a, b in ranges) for ranges in held]
+        if sum(sizes) == axis.size:
+            even = ShardLayout.of(Partition.from_sizes(sizes))
+            if all(
+                not mine or tuple(mine) == one for mine, one in zip(held, even.ranges, strict=True)
+            ):
+                return even  # where a rank has nothing, too
+        return ShardLayout(axis.size, _aligned(held))
 
     def ranges(self, dim: Sequence[Axis], rank: int) -> list[Range]:
         """Where one rank's part of a dimension lies in the whole."""

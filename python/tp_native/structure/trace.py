@@ -11,6 +11,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from . import rules
 from .axes import Axis, Dim, join, leaves, mix, opaque
+from .twin import stand_ins, twin_of
 
 
 @dataclass(eq=False)
@@ -87,6 +89,8 @@ class Trace:
 def leaf_kind(module: nn.Module) -> str | None:
     """What a module is to the planner; None for one that is no leaf."""
     forward = type(module).forward
+    if isinstance(module, (nn.Linear, nn.Embedding)) and module._parameters.get("weight") is None:
+        return None  # made from other parameters before each call
     if isinstance(module, nn.MultiheadAttention):
         return "attention" if forward is nn.MultiheadAttention.forward else None
     if isinstance(module, nn.Linear):
@@ -128,6 +132,11 @@ def _looks_up_by_super(module: nn.Embedding) -> bool:
     """Whether an Embedding with a forward of its own uses its weight by ``super().forward`` only,
     tried on numbers: the weight itself is NaN meanwhile.
     """
+    ids = torch.arange(4)[None]
+    return _tried(module, ids) or _tried(module, ids.shape)  # some make positions from a shape
+
+
+def _tried(module: nn.Embedding, given: Any) -> bool:
     kind = type(module)
     if any(b.is_meta for b in module.buffers()) or set(module._parameters) != {"weight"}:
         return False
@@ -147,7 +156,7 @@ def _looks_up_by_super(module: nn.Embedding) -> bool:
             twin.__dict__["_parameters"] = {"weight": nn.Parameter(weight, requires_grad=False)}
             twin.__class__ = cls
             with torch.no_grad():
-                results.append(cls.forward(twin, torch.arange(4)[None]))
+                results.append(cls.forward(twin, given))
     except Exception:
         return False
     return isinstance(results[0], Tensor) and torch.equal(*results)
@@ -162,15 +171,21 @@ def find_leaves(model: nn.Module) -> dict[str, Leaf]:
         if kind is None or id(module) in inside:
             continue
         inside.update(id(child) for child in module.modules())
-        leaf = Leaf(name, kind, module)
-        if kind == "linear":
-            leaf.in_axis, leaf.out_axis = Axis(module.in_features), Axis(module.out_features)  # type: ignore[arg-type]
-        elif kind == "conv1d":
-            leaf.in_axis, leaf.out_axis = Axis(module.nx), Axis(module.nf)  # type: ignore[arg-type]
-        elif kind == "embedding":
-            leaf.out_axis = Axis(module.embedding_dim)  # type: ignore[arg-type]
-        found[name] = leaf
+        found[name] = new_leaf(name, module, kind)
     return found
+
+
+def new_leaf(name: str, module: nn.Module, kind: str) -> Leaf:
+    """A leaf with axes of its own."""
+    leaf = Leaf(name, kind, module)
+    widths: Any = module
+    if kind == "linear":
+        leaf.in_axis, leaf.out_axis = Axis(widths.in_features), Axis(widths.out_features)
+    elif kind == "conv1d":
+        leaf.in_axis, leaf.out_axis = Axis(widths.nx), Axis(widths.nf)
+    elif kind == "embedding":
+        leaf.out_axis = Axis(widths.embedding_dim)
+    return leaf
 
 
 class Tracer(TorchFunctionMode):
@@ -358,153 +373,68 @@ class _Lookup:
         return [opaque(size) for size in tensor.shape] if dims is None else list(dims)
 
 
-@contextlib.contextmanager
-def fake_weights(model: nn.Module, mode: FakeTensorMode) -> Iterator[dict[str, Tensor]]:
-    """Stand-ins for parameters and buffers while the block runs; yields the parameters'."""
-    made: dict[int, Tensor] = {}
-    names: dict[str, Tensor] = {}
-    undo: list[tuple[dict[str, Any], str, Any]] = []
-    try:
-        for path, module in model.named_modules():
-            for table in (module._parameters, module._buffers):
-                for name, tensor in list(table.items()):
-                    if tensor is None:
-                        continue
-                    fake = made.get(id(tensor))
-                    if fake is None:
-                        fake = made[id(tensor)] = _stand_in(tensor, mode)
-                    undo.append((table, name, tensor))
-                    table[name] = fake
-                    if isinstance(tensor, nn.Parameter):
-                        names[f"{path}.{name}".lstrip(".")] = fake
-        yield names
-    finally:
-        for table, name, tensor in undo:
-            table[name] = tensor
-
-
-def _stand_in(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
-    with mode:
-        fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-        if isinstance(tensor, nn.Parameter):
-            return nn.Parameter(fake, requires_grad=tensor.is_floating_point())
-    return fake
-
-
-@contextlib.contextmanager
-def leaf_forwards(
-    found: Mapping[str, Leaf], call: Callable[[Leaf, Callable[..., Any], Any, Any], Any]
-) -> Iterator[None]:
-    """Send every leaf's forward through ``call`` while the block runs."""
-
-    def hooked(leaf: Leaf) -> Callable[..., Any]:
-        forward = leaf.module.forward
-        return lambda *args, **kwargs: call(leaf, forward, args, kwargs)
-
-    replaced: list[nn.Module] = []
-    try:
-        for leaf in found.values():
-            if "forward" in leaf.module.__dict__:
-                continue
-            leaf.module.__dict__["forward"] = hooked(leaf)
-            replaced.append(leaf.module)
-        yield
-    finally:
-        for module in replaced:
-            del module.__dict__["forward"]
-
-
-@contextlib.contextmanager
-def module_stack(model: nn.Module, tracer: Tracer) -> Iterator[None]:
-    """Tell ``tracer`` of every module's call while the block runs."""
-    handles = []
-    for name, module in model.named_modules():
-
-        def enter(module: nn.Module, args: Any, name: str = name) -> None:
-            tracer.enter(name)
-
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
-            tracer.leave(output)
-
-        handles.append(module.register_forward_pre_hook(enter))
-        handles.append(module.register_forward_hook(leave, always_call=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextlib.contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode while the block runs."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        for module in modes:
-            module.training = False
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
 def run(
-    model: nn.Module,
+    twin: nn.Module,
     mode: FakeTensorMode | None,
     tracer: Tracer,
-    found: Mapping[str, Leaf],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
 ) -> Any:
-    """The model's forward, every function and leaf through ``tracer``: on fake tensors under
-    ``mode``, or on the model's own where it needs values.
+    """The twin's forward, every function and leaf through ``tracer``: on fake tensors under
+    ``mode``, or on numbers.
     """
-    owners = {id(p): leaf.name for leaf in found.values() for p in leaf.module.parameters()}
-    dense = dict(model.named_parameters(remove_duplicate=False))
+    owners: dict[int, str] = {}
+    for name, leaf in tracer.trace.leaves.items():
+        module = twin.get_submodule(name)
+        owners |= {id(parameter): name for parameter in module.parameters()}
+        module.__dict__["forward"] = partial(_call, tracer.call_leaf, leaf, module.forward)
+    for name, module in twin.named_modules():
+        module.register_forward_pre_hook(partial(_enter, tracer, name))
+        module.register_forward_hook(partial(_leave, tracer), always_call=True)
+    given = stand_ins((tuple(args), dict(kwargs)), mode, twin)
+    twin.eval()
     with contextlib.ExitStack() as stack:
-        weights = dense if mode is None else stack.enter_context(fake_weights(model, mode))
-        stack.enter_context(leaf_forwards(found, tracer.call_leaf))
-        stack.enter_context(module_stack(model, tracer))
-        stack.enter_context(eval_mode(model))
         stack.enter_context(torch.enable_grad())
         if mode is not None:
             stack.enter_context(mode)
-        for name, weight in weights.items():
-            if id(weight) not in tracer.values:
-                tracer.add_parameter(name, weight, owners.get(id(dense[name])))
-        place = next(iter(dense.values())).device if mode is None and dense else None
-        given = _stand_ins((tuple(args), dict(kwargs)), mode, place)
+        for name, parameter in twin.named_parameters():
+            tracer.add_parameter(name, parameter, owners.get(id(parameter)))
         for tensor in rules.tensors(given):
             tracer.add_input(tensor)
         with tracer:
-            return model(*given[0], **given[1])
+            return twin(*given[0], **given[1])
 
 
-def _stand_ins(given: Any, mode: FakeTensorMode | None, place: torch.device | None) -> Any:
-    if isinstance(given, Tensor):
-        if mode is None:
-            return given.detach().to(place, copy=True)
-        with mode:
-            return torch.empty(given.shape, dtype=given.dtype, device="cpu")
-    if isinstance(given, dict):
-        return {key: _stand_ins(item, mode, place) for key, item in given.items()}
-    if isinstance(given, (tuple, list)):
-        return type(given)(_stand_ins(item, mode, place) for item in given)
-    return given
+def _call(call: Callable[..., Any], leaf: Leaf, forward: Any, *args: Any, **kwargs: Any) -> Any:
+    return call(leaf, forward, args, kwargs)
+
+
+def _enter(tracer: Tracer, name: str, module: nn.Module, args: Any) -> None:
+    tracer.enter(name)
+
+
+def _leave(tracer: Tracer, module: nn.Module, args: Any, output: Any) -> None:
+    tracer.leave(output)
 
 
 def trace(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, is_fake: bool = True
+    model: nn.Module,
+    found: Mapping[str, Leaf],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    is_fake: bool = True,
 ) -> Trace:
-    """Follow one forward pass of ``model``; its weights are not changed and, where ``is_fake``,
-    not read.
+    """Follow one forward pass of a twin of ``model``, with leaves ``found``; its weights are not
+    read where ``is_fake``.
 
     Raises: whatever the model raises on these inputs.
     """
-    found = find_leaves(model)
-    tracer = Tracer(model, found)
     mode = FakeTensorMode(allow_non_fake_inputs=True) if is_fake else None
-    output = run(model, mode, tracer, found, args, kwargs)
+    twin = twin_of(model, mode)
+    fresh = {name: new_leaf(name, leaf.module, leaf.kind) for name, leaf in found.items()}
+    tracer = Tracer(twin, fresh)
+    output = run(twin, mode, tracer, args, kwargs)
     tracer.trace.is_fake = is_fake
     for tensor in rules.tensors(output):
         value = tracer.value_of(tensor)
