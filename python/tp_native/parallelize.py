@@ -214,7 +214,7 @@ def _check_fit(model: nn.Module, plan: ShardPlan, size: int) -> None:
 
 def _fingerprint(model: nn.Module, plan: ShardPlan) -> int:
     """63 bits of a few values of every parameter and of the plan."""
-    digest = hashlib.sha256(repr((plan.entries, plan.partial_gradients)).encode())
+    digest = hashlib.sha256(repr(plan).encode())
     for name, param in model.named_parameters():
         digest.update(f"{name}{param.dtype}{param.device.type}".encode())
         if param.device.type != "meta":
@@ -246,7 +246,8 @@ def _apply(model: nn.Module, plan: ShardPlan, group: Group) -> list[Callable[[],
         undo.append(partial(setattr, module, "__class__", type(module)))
         _sum_gradients(module, locals_, group)
     undo += translate_modules(model, plan, group)
-    undo += [draw_own_masks(model.get_submodule(name), group) for name in plan.random]
+    for name, is_cut in plan.random.items():
+        undo.append(draw_own_masks(model.get_submodule(name), is_cut, group))
     undo += _switches_of_fused_layers(model)
     without_fused_layers(model)
     for follower, owner in plan.followers.items():

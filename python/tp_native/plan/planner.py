@@ -206,7 +206,7 @@ class _Planner:
             partial_gradients=self._partial(),
             attributes=self.followed.attributes if self.followed else {},
             translated=self.followed.translated if self.followed else {},
-            random=tuple(sorted(self.followed.random)) if self.followed else (),
+            random=self.followed.random if self.followed else {},
             summed=tuple(n for n, g in self.given.items() if g.style == ALL_REDUCE),
             whole=self.whole,
             followers=self.followers,

@@ -83,7 +83,7 @@ class ShardPlan:
     gradient (norms inside attention heads). ``attributes``: integers that modules read as sizes,
     by module and name, with each rank's value. ``translated``: modules whose code has whole sizes
     written into it and runs with these translated to local ones. ``random``: modules that draw
-    dropout masks of cut activations. ``summed``: modules whose outputs
+    dropout masks of cut activations, and which of the masks of one call are. ``summed``: modules whose outputs
     are summed over the ranks. ``whole``: modules with matrices that every rank holds whole, and
     why. ``followers``: tied parameters that a module keeps but never reads, with the name under
     which it is cut. ``cuts``: the axes behind it, for translation.
@@ -98,7 +98,7 @@ class ShardPlan:
     partial_gradients: tuple[str, ...] = ()
     attributes: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
     translated: Mapping[str, str] = field(default_factory=dict)
-    random: tuple[str, ...] = ()
+    random: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)
     summed: tuple[str, ...] = ()
     whole: Mapping[str, str] = field(default_factory=dict)
     followers: Mapping[str, str] = field(default_factory=dict)

@@ -16,7 +16,7 @@ from .axes import parts
 from .inputs import Inputs, guesses
 from .replay import Attributes, Fitter
 from .solve import Pair, Solution, cut_pair, find_pairs, gradients
-from .trace import Event, Leaf, Trace, trace
+from .trace import Event, Leaf, Trace, trace, trace_training
 
 _NO_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 
@@ -36,7 +36,7 @@ class Followed:
     partial: set[str] = field(default_factory=set)
     partial_outputs: set[str] = field(default_factory=set)
     translated: dict[str, str] = field(default_factory=dict)
-    random: set[str] = field(default_factory=set)  # modules that draw masks of cut activations
+    random: dict[str, tuple[bool, ...]] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)  # leaf -> why its pair was given up
     failure: str = ""
 
@@ -87,11 +87,7 @@ def follow(
                 result.translated = fitted.regions
                 result.partial = flow.partial
                 result.partial_outputs = flow.partial_outputs
-                result.random = {
-                    event.module
-                    for event in seen.events
-                    if event.name in rules.RANDOM and result.solution.is_cut(event.outs[0])
-                }
+                result.random = _random(model, result, used)
                 return result
             event, why = flow.conflict
             bad = {id(p): f"{why} ({_place(event)})" for p in _blame(result, pairs, event)}
@@ -99,6 +95,44 @@ def follow(
             if id(pair) in bad:
                 result.dropped.update(dict.fromkeys(pair.members, bad[id(pair)]))
         pairs = [pair for pair in pairs if id(pair) not in bad]
+
+
+def _random(model: nn.Module, result: Followed, used: Inputs) -> dict[str, tuple[bool, ...]]:
+    """Modules that draw masks of cut activations when they train: for each mask of one call,
+    whether it is one.
+    """
+    drops = any(
+        event.name in rules.RANDOM and event.name != "scaled_dot_product_attention"
+        for event in result.trace.events
+    )
+    if not result.solution.cuts or not (drops or _may_drop(model)):
+        return {}
+    try:
+        seen = trace_training(model, result.trace, *used)
+    except Exception:  # a training forward that wants more than these inputs: labels, a step
+        return {}
+    found: dict[str, tuple[bool, ...]] = {}
+    for span in seen.spans:
+        events = [e for e in seen.events[span.start : span.stop] if e.module == span.module]
+        cut = tuple(result.solution.is_cut(event.outs[0]) for event in events if event.drops > 0)
+        if any(cut):
+            found.setdefault(span.module, cut)
+    return found
+
+
+def _may_drop(model: nn.Module) -> bool:
+    """Whether any module, or its config, has a dropout probability above 0."""
+    tables = [vars(module) for module in model.modules()]
+    tables += [
+        vars(config) for table in tables if hasattr(config := table.get("config"), "__dict__")
+    ]
+    return any(
+        isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules()
+    ) or any(
+        "drop" in name and type(value) is float and value > 0
+        for table in tables
+        for name, value in table.items()
+    )
 
 
 def _trace(

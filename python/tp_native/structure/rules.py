@@ -192,6 +192,14 @@ def constants(value: Any) -> Iterator[Any]:
             yield from constants(value[key])
 
 
+def drop_probability(name: str, args: Args, kwargs: Kwargs) -> float:
+    """With which probability one of `RANDOM` drops an element in this call."""
+    if name == "scaled_dot_product_attention":
+        return float(argument(args, kwargs, 4, "dropout_p", default=0.0))
+    drops = argument(args, kwargs, 2, "training", "train", default=True)
+    return float(argument(args, kwargs, 1, "p", default=0.5)) if drops else 0.0
+
+
 def follow(
     name: str, lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]
 ) -> list[list[Dim] | None]:

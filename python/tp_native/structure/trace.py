@@ -50,6 +50,7 @@ class Event:
     outs: list[Value]
     constants: tuple[Any, ...]
     leaf: str | None = None
+    drops: float = 0.0  # the probability with which it drops elements
 
 
 @dataclass(eq=False)
@@ -272,7 +273,10 @@ class Tracer(TorchFunctionMode):
         for value in made:
             value.is_constant = constant
         constants = tuple(rules.constants((args, kwargs)))
-        self.trace.events.append(Event(name, self._module(), ins, made, constants))
+        event = Event(name, self._module(), ins, made, constants)
+        if name in rules.RANDOM:
+            event.drops = rules.drop_probability(name, args, kwargs)
+        self.trace.events.append(event)
         return result
 
     def _labels(
@@ -379,6 +383,8 @@ def run(
     tracer: Tracer,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
+    *,
+    is_training: bool = False,
 ) -> Any:
     """The twin's forward, every function and leaf through ``tracer``: on fake tensors under
     ``mode``, or on numbers.
@@ -392,7 +398,7 @@ def run(
         module.register_forward_pre_hook(partial(_enter, tracer, name))
         module.register_forward_hook(partial(_leave, tracer), always_call=True)
     given = stand_ins((tuple(args), dict(kwargs)), mode, twin)
-    twin.eval()
+    twin.train(is_training)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         if mode is not None:
@@ -415,6 +421,20 @@ def _enter(tracer: Tracer, name: str, module: nn.Module, args: Any) -> None:
 
 def _leave(tracer: Tracer, module: nn.Module, args: Any, output: Any) -> None:
     tracer.leave(output)
+
+
+def trace_training(
+    model: nn.Module, seen: Trace, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Trace:
+    """Follow one forward pass in training, with the axes of an earlier trace.
+
+    Raises: whatever the model raises.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    twin = twin_of(model, mode)
+    tracer = Tracer(twin, seen.leaves)
+    run(twin, mode, tracer, args, kwargs, is_training=True)
+    return tracer.trace
 
 
 def trace(
