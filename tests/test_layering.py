@@ -39,7 +39,7 @@ PYTHON = [
     {"structure", "optim"},
     {"plan"},
     {"state"},
-    {"guards", "masks", "translated", "tune", "verify"},
+    {"guards", "masks", "translated", "tune", "verify", "whole_reads"},
     {"checkpoint", "checkpoint.reader"},
     {"checkpoint.layouts", "checkpoint.optimizer"},
     {"checkpoint.items"},

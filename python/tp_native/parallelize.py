@@ -33,6 +33,7 @@ from .nn import (
 )
 from .nn.lora import has_lora
 from .nn.sharded import take
+from .partition import Partition
 from .plan import plan as make_plan
 from .plan.shards import COLUMN_GATHER, ROW, ROW_SPLIT, VOCABULARY, ShardEntry, ShardPlan
 from .state import (
@@ -45,6 +46,7 @@ from .state import (
 )
 from .translated import translate_modules
 from .verify import Recording, compare, record, verify
+from .whole_reads import let_read_whole
 
 __all__ = [
     "DistributedModelWrapper",
@@ -232,10 +234,10 @@ def _apply(model: nn.Module, plan: ShardPlan, group: Group) -> list[Callable[[],
         old = model.get_submodule(name)
         twins[id(old)] = _parallel_module(name, old, entry, plan, group, held)
     for parent in list(model.modules()):
-        for child, old in list(parent._modules.items()):
-            if old is not None and id(old) in twins:
-                parent._modules[child] = twins[id(old)]
-                undo.append(partial(parent._modules.__setitem__, child, old))
+        for child, held_module in list(parent._modules.items()):
+            if id(held_module) in twins:
+                parent._modules[child] = twins[id(held_module)]
+                undo.append(partial(parent._modules.__setitem__, child, held_module))
     for name, values in plan.attributes.items():
         module = model.get_submodule(name)
         for attribute, per_rank in values.items():
@@ -245,6 +247,8 @@ def _apply(model: nn.Module, plan: ShardPlan, group: Group) -> list[Callable[[],
         module = model.get_submodule(name)
         undo.append(partial(setattr, module, "__class__", type(module)))
         _sum_gradients(module, locals_, group)
+    for name in plan.read_whole:
+        undo.append(let_read_whole(model.get_submodule(name)))
     undo += translate_modules(model, plan, group)
     for name, is_cut in plan.random.items():
         undo.append(draw_own_masks(model.get_submodule(name), is_cut, group))
@@ -255,7 +259,8 @@ def _apply(model: nn.Module, plan: ShardPlan, group: Group) -> list[Callable[[],
         module = model.get_submodule(name)
         undo.append(partial(module._parameters.__setitem__, local, module._parameters[local]))
         module._parameters[local] = model.get_parameter(owner)
-        handle = module.register_load_state_dict_pre_hook(partial(_take_share, local))
+        register: Any = module.register_load_state_dict_pre_hook
+        handle = register(partial(_take_share, local))
         undo.append(handle.remove)
     for name in plan.summed:
         handle = model.get_submodule(name).register_forward_hook(partial(_sum_output, group))
@@ -302,6 +307,7 @@ def _parallel_module(
 def _empty_twin(old: nn.Module, entry: ShardEntry, group: Group) -> nn.Module:
     """The parallel module for ``old``, on meta."""
     if isinstance(old, nn.MultiheadAttention):
+        assert isinstance(entry.partition, Partition)
         return ParallelMultiheadAttention.from_dense(old, group=group, partition=entry.partition)
     place: dict[str, Any] = {
         "group": group,
@@ -380,7 +386,9 @@ def _take_share(
     key, parameter = prefix + local, module._parameters[local]
     value = state_dict.get(key)
     mark = mark_of(parameter) if parameter is not None else None
-    if isinstance(value, Tensor) and mark is not None and value.shape != parameter.shape:
+    if not isinstance(value, Tensor) or parameter is None or mark is None:
+        return
+    if value.shape != parameter.shape:
         state_dict[key] = mark.local(value)
 
 

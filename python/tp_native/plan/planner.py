@@ -18,7 +18,7 @@ from ..errors import PlanError
 from ..partition import Partition, ShardLayout
 from ..structure.follow import Followed, follow
 from ..structure.inputs import split_inputs
-from ..structure.solve import elements_of
+from ..structure.solve import elements_of, is_inside
 from ..structure.trace import Leaf, find_leaves
 from .shards import (
     ATTENTION,
@@ -109,6 +109,7 @@ class _Planner:
         self.whole: dict[str, str] = {}
         self.followed: Followed | None = None
         self.followers: dict[str, str] = {}
+        self.read_whole: list[str] = []
 
     def _accessors(self) -> dict[str, Given]:
         """Embedding and head, where transformers' accessors name them."""
@@ -181,10 +182,9 @@ class _Planner:
                 self.whole[name] = self._own_forward(name)
         self._add_rest()
         for name, module in self.modules.items():
-            inside = name.rpartition(".")[0] in self.leaves
-            if isinstance(module, (nn.Linear, nn.Embedding)) and name not in self.leaves:
-                if not inside:
-                    self.whole.setdefault(name, self._own_forward(name))
+            is_matrix = isinstance(module, (nn.Linear, nn.Embedding))
+            if is_matrix and not {name, name.rpartition(".")[0]} & self.leaves.keys():
+                self.whole.setdefault(name, self._own_forward(name))
         self._settle_ties()
         shapes, item_bytes, aliases = {}, {}, {}
         first_names: dict[int, str] = {}
@@ -210,6 +210,7 @@ class _Planner:
             summed=tuple(n for n, g in self.given.items() if g.style == ALL_REDUCE),
             whole=self.whole,
             followers=self.followers,
+            read_whole=tuple(name for name in self.read_whole if name in self.entries),
             cuts=self._cuts(),
         )
 
@@ -262,8 +263,8 @@ class _Planner:
     def _refuse(self, name: str, given: Given) -> None:
         raise PlanError(
             f"{name or self.name} is a {type(self.modules[name]).__name__}, which style "
-            f"{given.style!r} cannot cut: colwise, rowwise and their kin take nn.Linear and Conv1D, "
-            f"embedding_rowwise and embedding_colwise take a plain nn.Embedding; "
+            f"{given.style!r} cannot cut: colwise, rowwise and their kin take nn.Linear and "
+            "Conv1D, embedding_rowwise and embedding_colwise take nn.Embedding; "
             f"rules={{{name!r}: 'replicate'}} keeps it whole"
         )
 
@@ -273,6 +274,22 @@ class _Planner:
         if trace is not None and name in trace.read_elsewhere:
             return f"its weight is read past its forward: {trace.read_elsewhere[name]}"
         return None
+
+    def _can_be_read(self, leaf: Leaf) -> bool:
+        """Whether code that reads a leaf's weight can be given the whole one: it must use it alike
+        on every rank.
+        """
+        assert self.followed is not None
+        names = {f"{leaf.name}.{local}" for local in leaf.module._parameters}
+        return (
+            leaf.kind in ("linear", "embedding")
+            and leaf.name not in self.followed.partial_outputs
+            and not names & self.followed.partial
+            and not any(
+                is_inside(reader, self.followed.translated)
+                for reader in self.followed.trace.readers[leaf.name]
+            )
+        )
 
     def _add_rest(self) -> None:
         """Leaves of no pair and no given style: alone, with a collective each, or whole."""
@@ -286,7 +303,10 @@ class _Planner:
         for name in sorted(rest, key=lambda n: elements_of(self.leaves[n])):
             leaf, size = self.leaves[name], elements_of(self.leaves[name])
             why = self._unfit(name)
-            if why is not None:
+            if why is not None and self._can_be_read(leaf):
+                self.entries[name] = self._alone(leaf, False)
+                self.read_whole.append(name)
+            elif why is not None:
                 self.whole[name] = why
             elif name in partial and leaf.kind == "embedding":
                 self.whole[name] = "its rows meet what is cut, on every rank another part of it"
@@ -430,14 +450,17 @@ class _Planner:
                     others = ", ".join(n for n, _ in odd if n != name)
                     self.whole[name] = f"tied to {others}, which can't be cut alike"
         for places in tied:
-            owner = next((place for place in places if self._cut_of(*place) is not None), None)
-            for name, local in places if owner is not None else ():
+            cut = [".".join(place).lstrip(".") for place in places if self._cut_of(*place)]
+            for name, local in places if cut else ():
                 if name not in self.entries:
-                    self.followers[f"{name}.{local}".lstrip(".")] = ".".join(owner).lstrip(".")
+                    self.followers[f"{name}.{local}".lstrip(".")] = cut[0]
 
     def _is_torn(self, places: Sequence[tuple[str, str]]) -> bool:
         can_tell = self.followed is not None and not self.followed.failure
-        used = [p for p in places if p[0] in self.leaves or not can_tell]
+        is_read = self.followed is not None and any(
+            name in self.followed.trace.read_elsewhere for name, _ in places
+        )
+        used = [p for p in places if p[0] in self.leaves or is_read or not can_tell]
         return len({self._cut_of(*place) for place in used}) > 1
 
     def _cut_of(self, module: str, local: str) -> tuple[Any, ...] | None:

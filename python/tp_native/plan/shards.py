@@ -83,9 +83,9 @@ class ShardPlan:
     gradient (norms inside attention heads). ``attributes``: integers that modules read as sizes,
     by module and name, with each rank's value. ``translated``: modules whose code has whole sizes
     written into it and runs with these translated to local ones. ``random``: modules that draw
-    dropout masks of cut activations, and which of the masks of one call are. ``summed``: modules whose outputs
-    are summed over the ranks. ``whole``: modules with matrices that every rank holds whole, and
-    why. ``followers``: tied parameters that a module keeps but never reads, with the name under
+    dropout masks of cut activations, and which of the masks of one call are. ``summed``: modules
+    whose outputs are summed over the ranks. ``read_whole``: cut modules whose weight other code
+    reads. ``whole``: modules with matrices that every rank holds whole, and why. ``followers``: tied parameters that a module keeps but never reads, with the name under
     which it is cut. ``cuts``: the axes behind it, for translation.
     """
 
@@ -100,6 +100,7 @@ class ShardPlan:
     translated: Mapping[str, str] = field(default_factory=dict)
     random: Mapping[str, tuple[bool, ...]] = field(default_factory=dict)
     summed: tuple[str, ...] = ()
+    read_whole: tuple[str, ...] = ()
     whole: Mapping[str, str] = field(default_factory=dict)
     followers: Mapping[str, str] = field(default_factory=dict)
     cuts: Cuts | None = field(default=None, repr=False, compare=False)

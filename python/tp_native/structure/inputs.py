@@ -120,7 +120,7 @@ def _pixels(config: Any) -> Tensor:
     return torch.zeros(_ROWS, getattr(vision, "num_channels", 3) or 3, height, width)
 
 
-def _sounds(config: Any) -> Iterator[tuple[int, ...]]:
+def _sounds(config: Any) -> Iterator[tuple[Any, ...]]:
     bins = getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", 80)
     positions = getattr(config, "max_source_positions", None)
     if positions:

@@ -393,7 +393,7 @@ class Fitter:
         return None
 
     def _candidates(self, owner: str) -> dict[str, tuple[int, ...]]:
-        """Integer attributes of a module that equal a size which is cut there, with local values."""
+        """Integer attributes of a module that equal a size which is cut there: local values."""
         sizes: dict[int, tuple[int, ...]] = {}
         for event in self.trace.events:
             here = event.module == owner or event.module.rpartition(".")[0] == owner

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -46,11 +47,11 @@ class Cut:
         root = axis.find()
         if root is self.pair.axis.find():
             return self.outer.local_sizes[rank]
-        if self.both is not None and self.pair.inner is not None:
-            if root is self.pair.inner.find():
-                held = self.outer.local_sizes[rank]
-                return self.both[rank] // held if held else 0
-        return None
+        inner = self.pair.inner
+        if self.both is None or inner is None or root is not inner.find():
+            return None
+        held = self.outer.local_sizes[rank]
+        return self.both[rank] // held if held else 0
 
 
 @dataclass
@@ -162,12 +163,7 @@ def _aligned(held: Sequence[Sequence[Range]]) -> tuple[tuple[Range, ...], ...]:
     if all(not any(a < bound < b for bound in bounds) for ranges in held for a, b in ranges):
         return tuple(tuple(ranges) for ranges in held)
     return tuple(
-        tuple(
-            (x, y)
-            for a, b in ranges
-            for x, y in zip(bounds, bounds[1:], strict=False)
-            if a <= x and y <= b
-        )
+        tuple((x, y) for a, b in ranges for x, y in itertools.pairwise(bounds) if a <= x and y <= b)
         for ranges in held
     )
 

@@ -83,13 +83,14 @@ class Trace:
     spans: list[Span] = field(default_factory=list)
     reached: set[str] = field(default_factory=set)
     read_elsewhere: dict[str, str] = field(default_factory=dict)  # leaf -> where
+    readers: dict[str, set[str]] = field(default_factory=dict)  # leaf -> modules
     outputs: list[Value] = field(default_factory=list)
     is_fake: bool = True
 
 
 def leaf_kind(module: nn.Module) -> str | None:
     """What a module is to the planner; None for one that is no leaf."""
-    forward = type(module).forward
+    forward: Any = type(module).forward
     if isinstance(module, (nn.Linear, nn.Embedding)) and module._parameters.get("weight") is None:
         return None  # made from other parameters before each call
     if isinstance(module, nn.MultiheadAttention):
@@ -251,6 +252,7 @@ class Tracer(TorchFunctionMode):
             owner = self.leaf_parameters.get(id(tensor))
             if owner is not None:
                 self.trace.read_elsewhere.setdefault(owner, self._place(name))
+                self.trace.readers.setdefault(owner, set()).add(self._module())
         ins = [self.value_of(tensor) for tensor in given]
         result = func(*args, **kwargs)
         outs = list(rules.tensors(result))

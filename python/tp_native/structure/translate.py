@@ -46,8 +46,8 @@ def label_of(tensor: Tensor) -> Label | None:
 
 
 class Translator(TorchFunctionMode):
-    """Runs a module's code on rank ``rank``'s pieces; ``share`` makes a whole operand's gradient the
-    sum of the ranks' (`copy_to_ranks`).
+    """Runs a module's code on rank ``rank``'s pieces; ``share`` (`copy_to_ranks`) makes a whole
+    operand's gradient the sum of the ranks'.
 
     Raises: TensorParallelError, naming module and function, for what can't be done on pieces.
     """
@@ -162,7 +162,7 @@ class Translator(TorchFunctionMode):
                 self._local((d or [])[at], w.shape[at])
                 for d, w in zip(labels, whole_outs, strict=True)
             ]
-            return source.split(sizes, at)
+            return torch.split(source, sizes, at)
         if name == "narrow":
             at, start = (rules.argument(args, kwargs, i) for i in (1, 2))
             return self._slice(source, at, start, start + whole_outs[0].shape[at])
