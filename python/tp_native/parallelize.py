@@ -88,8 +88,9 @@ def parallelize(
     world of one nothing is swapped. Collective: all ranks pass the same dense model. In training
     it is guarded, see `guard`.
 
-    ``verify`` (inputs for one forward pass) runs the model before and after, and undoes the
-    swap with a PlanError if an output departs; it keeps both models in memory meanwhile.
+    ``verify`` (inputs for one forward pass): the plan is made with them, and the model runs on them
+    before and after; a PlanError undoes the swap if an output departs. Keeps both models in memory
+    meanwhile.
     Raises: PlanError if the model can't be cut, is parallel already, or doesn't fit ``plan``;
     ValueError if the ranks hold different models.
     """
@@ -107,7 +108,7 @@ def parallelize(
                 "load_lora where they are saved"
             )
         if plan is None and group.size > 1:
-            plan = make_plan(model, group.size)
+            plan = make_plan(model, group.size, inputs=verify)
         if plan is not None:
             _check_fit(model, plan, group.size)
     if plan is None or group.size == 1:

@@ -79,9 +79,8 @@ class WholeWeight(torch.Tensor):
                 turned = args[0].as_subclass(cls)
                 turned.mark, turned.is_turned = args[0].mark, not args[0].is_turned
                 return turned
-            x, weight = (
-                rules.argument(args, kwargs, i, n) for i, n in enumerate(("input", "weight"))
-            )
+            x = rules.argument(args, kwargs, 0, "input")
+            weight = rules.argument(args, kwargs, 1, "weight", "other")
             if name == "linear" and _is_rows(weight, False) and not isinstance(x, cls):
                 bias = rules.argument(args, kwargs, 2, "bias")
                 y = _product(x, weight)

@@ -85,8 +85,9 @@ class ShardPlan:
     written into it and runs with these translated to local ones. ``random``: modules that draw
     dropout masks of cut activations, and which of the masks of one call are. ``summed``: modules
     whose outputs are summed over the ranks. ``read_whole``: cut modules whose weight other code
-    reads. ``whole``: modules with matrices that every rank holds whole, and why. ``followers``: tied parameters that a module keeps but never reads, with the name under
-    which it is cut. ``cuts``: the axes behind it, for translation.
+    reads. ``whole``: modules with matrices that every rank holds whole, and why. ``followers``:
+    tied parameters that a module keeps but never reads, with the name under which it is cut.
+    ``cuts``: the axes behind it, for translation.
     """
 
     world_size: int
