@@ -145,8 +145,12 @@ def test_unsupported_styles_and_modules_are_refused_with_the_list() -> None:
         intermediate_size=8,
         num_hidden_layers=1,
     )
-    with pytest.raises(PlanError, match="packed_colwise"):
+    with pytest.raises(PlanError, match=r"model\.layers\.0\.mlp\.experts.*mixtures of experts"):
         plan(on_meta(MixtralForCausalLM, mixture), 2)
+    made = plan(
+        on_meta(MixtralForCausalLM, mixture), 2, rules={"model.layers.*.mlp.experts": "replicate"}
+    )
+    assert "model.layers.0.self_attn.q_proj" in made.entries
 
 
 def test_tied_weights_cut_differently_are_refused() -> None:

@@ -36,7 +36,9 @@ _MEANING = {
     "local_params": REPLICATE,  # parameters are plain local tensors here anyway
     REPLICATE: REPLICATE,
 }
+_BARE = "a bare parameter's"  # not a module's
 _REFUSED = {
+    _BARE: "mixtures of experts and attention sinks keep parameters that are no module's weight",
     "mla_kv_a_proj": "multi-head latent attention shares one rotary key among all heads",
     "moe_tp_experts": "mixtures of experts keep all experts in one parameter",
     "moe_identity_expert": "mixtures of experts keep all experts in one parameter",
@@ -66,7 +68,7 @@ def given_styles(
     name = type(model).__name__
     own = getattr(model, "tp_plan", None) or getattr(model, "_tp_plan", None) or {}
     styles: dict[str, Given] = {}
-    matched = _match(own, modules, name)
+    matched = _match(own, modules)
     # A tied or bare model has no head of its own for the rule to match: nothing to say then.
     unmatched = [pattern for pattern, names in matched.items() if not names]
     if unmatched:
@@ -74,16 +76,25 @@ def given_styles(
             f"tp_plan rules {unmatched} match nothing in {name} and will not be applied",
             stacklevel=3,
         )
-    for pattern, names in matched.items():
-        styles.update(dict.fromkeys(names, Given(own[pattern], False)))
-    mine = _match(rules or {}, modules, name)
-    for pattern, names in sorted(mine.items(), key=lambda item: "*" not in item[0]):
-        if not names:
+    for pattern, found in matched.items():
+        for path, bare in found:
+            refused = bare is not None and _MEANING.get(own[pattern]) != REPLICATE
+            styles[path] = Given(_BARE if refused else own[pattern], False)
+    mine = _match(rules or {}, modules)
+    for pattern, found in sorted(mine.items(), key=lambda item: "*" not in item[0]):
+        style = (rules or {})[pattern]
+        if not found:
             raise PlanError(
                 f"rule {pattern!r} matches no module of {name}; `*` stands for "
                 f"one number, names look like {_examples(modules)}"
             )
-        styles.update(dict.fromkeys(names, Given((rules or {})[pattern], True)))
+        for path, bare in found:
+            if bare is not None and _MEANING.get(style) != REPLICATE:
+                raise PlanError(
+                    f"{name}: rule {pattern!r}: {style!r} names a parameter ({bare}) that is no "
+                    "weight of a Linear or Embedding; only those are cut, name the module"
+                )
+            styles[path] = Given(style, True)
     return {path: _known(path, given, name) for path, given in styles.items()}
 
 
@@ -100,12 +111,12 @@ def _known(path: str, given: Given, model_name: str) -> Given:
 
 
 def _match(
-    rules: Mapping[str, str], modules: Mapping[str, nn.Module], model_name: str
-) -> dict[str, list[str]]:
+    rules: Mapping[str, str], modules: Mapping[str, nn.Module]
+) -> dict[str, list[tuple[str, str | None]]]:
     """Modules that each pattern covers: ``*`` is one whole number between dots, the rest literal.
 
-    A pattern for a module's weight means the module; a pattern for a style's refused parameter
-    matches the module that has it, so that the refusal names it.
+    A pattern for a module's weight means the module. One for another parameter gives the module
+    that has it, and the parameter's name.
     """
     if not isinstance(rules, Mapping):
         raise PlanError(f"rules must be a dict of pattern to style, got {type(rules).__name__}")
@@ -115,19 +126,13 @@ def _match(
         for local, _ in module.named_parameters(recurse=False)
     }
     matched = {}
-    for pattern, style in rules.items():
+    for pattern in rules:
         words = [r"\d+" if word == "*" else re.escape(word) for word in pattern.split(".")]
         regex = re.compile(r"\.".join(words))
-        found = [name for name in modules if regex.fullmatch(name)]
+        found: list[tuple[str, str | None]] = [(n, None) for n in modules if regex.fullmatch(n)]
         for path in filter(regex.fullmatch, params):
             module, local = params[path]
-            if style in _REFUSED or _is_matrix(modules[module], local):
-                found.append(module)
-            elif _MEANING.get(style) != REPLICATE:
-                raise PlanError(
-                    f"{model_name}: rule {pattern!r}: {style!r} names a parameter ({path}) that "
-                    "is no weight of a Linear or Embedding; only those are cut, name the module"
-                )
+            found.append((module, None if _is_matrix(modules[module], local) else path))
         matched[pattern] = found
     return matched
 

@@ -12,6 +12,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from math import nan
 from typing import Any
 
 import torch
@@ -124,7 +125,8 @@ def _is_affine(module: nn.Linear) -> bool:
     x = drawn(2, 4, 2)
     try:
         with torch.no_grad():
-            y = type(module).forward(twin, x)
+            forward: Any = type(module).forward
+            y = forward(twin, x)
     except Exception:
         return False
     return isinstance(y, Tensor) and torch.allclose(y, nn.functional.linear(x, weight, bias))
@@ -152,14 +154,15 @@ def _tried(module: nn.Embedding, given: Any) -> bool:
     try:
         probe = type(kind.__name__, (kind, _Base), {})
         results = []
-        for cls, weight in ((kind, table), (probe, torch.full_like(table, float("nan")))):
+        kinds: list[tuple[Any, Tensor]] = [(kind, table), (probe, torch.full_like(table, nan))]
+        for cls, weight in kinds:
             twin = copy.copy(module)
             twin.__dict__ = {**module.__dict__, "padding_idx": None, "num_embeddings": 64}
             twin.__dict__["_parameters"] = {"weight": nn.Parameter(weight, requires_grad=False)}
             twin.__class__ = cls
-            forward: Any = cls.forward
+
             with torch.no_grad():
-                results.append(forward(twin, given))
+                results.append(cls.forward(twin, given))
     except Exception:
         return False
     return isinstance(results[0], Tensor) and torch.equal(*results)

@@ -8,9 +8,10 @@ the plan was made with, so what they don't know raises instead of giving somethi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,14 +31,19 @@ _EXPANDS = frozenset(["expand", "expand_as", "broadcast_to"])
 _SPLITS = frozenset(["split", "chunk", "tensor_split", "split_with_sizes"])
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Label:
     """What a local tensor is a part of: the axes of its dimensions, and a stand-in for the whole
-    on meta.
+    on meta. ``local``: this rank's sizes, once they are known.
     """
 
     dims: list[Dim]
     whole: Tensor
+    local: tuple[int, ...] | None = None
+
+
+Local = Callable[[Any, dict[str, Any]], Any]  # a call on pieces, of its arguments
+_Kept = TypeVar("_Kept")
 
 
 def label_of(tensor: Tensor) -> Label | None:
@@ -49,6 +55,7 @@ class Translator(TorchFunctionMode):
     """Runs a module's code on rank ``rank``'s pieces; ``share`` (`copy_to_ranks`) makes a whole
     operand's gradient the sum of the ranks'.
 
+    What a call comes to is worked out once for each set of shapes and kept.
     Raises: TensorParallelError, naming module and function, for what can't be done on pieces.
     """
 
@@ -60,28 +67,24 @@ class Translator(TorchFunctionMode):
         self.rank = rank
         self.place = place
         self.share = share
-
-    def label(self, tensor: Tensor, dims: Sequence[Dim]) -> Tensor:
-        """Mark a local tensor as part of a whole with these axes."""
-        sizes = [
-            size_of(dim) if any(not axis.find().is_opaque for axis in dim) else tensor.shape[at]
-            for at, dim in enumerate(dims)
-        ]
-        whole = torch.empty(sizes, dtype=tensor.dtype, device="meta")
-        return self._attach(tensor, [*dims], whole)
+        self._leaf_labels: dict[Any, Label] = {}
+        self._calls: dict[Any, tuple[Local, list[Label]]] = {}
 
     def leaf_output(self, y: Tensor, x: Tensor, axis: Axis | None) -> Tensor:
         """A leaf's output: labelled where ``axis`` is what its features are."""
         if axis is None:
             return y
         label = label_of(x)
-        rows = y.dim() - 1
-        dims = [opaque(size) for size in y.shape[:-1]] if label is None else label.dims[:rows]
-        return self.label(y, [*dims, [axis]])
-
-    def _attach(self, tensor: Tensor, dims: list[Dim], whole: Tensor) -> Tensor:
-        tensor.__dict__[_LABEL] = Label(dims, whole)
-        return tensor
+        key = (axis, tuple(y.shape[:-1]), y.dtype, label)
+        made = self._leaf_labels.get(key)
+        if made is None:
+            rows = y.dim() - 1
+            dims = [opaque(size) for size in y.shape[:-1]] if label is None else label.dims[:rows]
+            sizes = [*(y.shape[:-1] if label is None else label.whole.shape[:rows]), axis.size]
+            whole = torch.empty(sizes, dtype=y.dtype, device="meta")
+            made = _kept(self._leaf_labels, key, Label([*dims, [axis]], whole))
+        y.__dict__[_LABEL] = made
+        return y
 
     def __torch_function__(
         self,
@@ -91,39 +94,58 @@ class Translator(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        given = list(rules.tensors((args, kwargs)))
-        if all(label_of(tensor) is None for tensor in given):
+        if all(label_of(tensor) is None for tensor in rules.tensors((args, kwargs))):
             return func(*args, **kwargs)
         name = rules.name_of(func)
         if name in _SHAPE:
             return func(*_whole(args), **_whole(kwargs))
-        if name in rules.METADATA:
+        if name in rules.METADATA or (name in rules.CONSTANT and name.startswith("new_")):
             return func(*args, **kwargs)
-        return self._call(func, name, args, kwargs)
+        key: Any = None
+        call = None
+        try:
+            key = (func, _signature(args), _signature(kwargs), torch.is_grad_enabled())
+            call = self._calls.get(key)
+        except TypeError:  # an argument without a hash
+            key = None
+        if call is None:
+            call = self._worked_out(func, name, args, kwargs)
+            if key is not None:
+                _kept(self._calls, key, call)
+        local, labels = call
+        result = local(args, kwargs)
+        for out, label in zip(rules.tensors(result), labels, strict=True):
+            out.__dict__[_LABEL] = label
+        return result
 
-    def _call(
+    def _worked_out(
         self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    ) -> tuple[Local, list[Label]]:
+        """What a call comes to on pieces, and its outputs' labels; tried once."""
         wholes = _Wholes()
         whole_args, whole_kwargs = wholes.of(args), wholes.of(kwargs)
-        whole_outs = list(rules.tensors(func(*whole_args, **whole_kwargs)))
-        if name in rules.CONSTANT and name.startswith("new_"):
-            return func(*args, **kwargs)
+        outs = list(rules.tensors(func(*whole_args, **whole_kwargs)))
         try:
-            labels = rules.follow(name, wholes, whole_args, whole_kwargs, whole_outs)
+            found = rules.follow(name, wholes, whole_args, whole_kwargs, outs)
         except rules.NotFollowed as reason:
             raise self._error(name, str(reason) or "not followed") from None
         for cut in self.solution.cuts:
             if (why := cut.pair.axis.find().mixed) is not None:
                 raise self._error(name, why)
-        result = self._on_pieces(func, name, args, kwargs, labels, whole_outs)
-        outs = list(rules.tensors(result))
-        for out, dims, whole in zip(outs, labels, whole_outs, strict=True):
-            dims = dims or [opaque(size) for size in whole.shape]
-            expected = [self._local(dim, size) for dim, size in zip(dims, whole.shape, strict=True)]
-            if list(out.shape) != expected:
-                raise self._error(name, f"gives {list(out.shape)}, expected {expected}")
-            self._attach(out, dims, whole)
+        labels = [
+            Label(dims or [opaque(size) for size in whole.shape], whole)
+            for dims, whole in zip(found, outs, strict=True)
+        ]
+        local = self._on_pieces(func, name, args, kwargs, labels)
+        return partial(self._checked, name, local, labels), labels
+
+    def _checked(
+        self, name: str, local: Local, labels: list[Label], args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        result = local(args, kwargs)
+        for out, label in zip(rules.tensors(result), labels, strict=True):
+            if tuple(out.shape) != (expected := self._sizes(label)):
+                raise self._error(name, f"gives {list(out.shape)}, expected {list(expected)}")
         return result
 
     def _error(self, name: str, why: str) -> TensorParallelError:
@@ -132,8 +154,14 @@ class Translator(TorchFunctionMode):
             'styles, for example tp.plan(model, n, rules={"...": "colwise_gather_output"})'
         )
 
-    def _local(self, dim: Dim, size: int) -> int:
-        return self.solution.local_size(dim, self.rank) if size_of(dim) == size else size
+    def _sizes(self, label: Label) -> tuple[int, ...]:
+        """This rank's sizes of a whole."""
+        if label.local is None:
+            label.local = tuple(
+                self.solution.local_size(dim, self.rank) if size_of(dim) == size else size
+                for dim, size in zip(label.dims, label.whole.shape, strict=True)
+            )
+        return label.local
 
     # -- calls on pieces
 
@@ -143,115 +171,164 @@ class Translator(TorchFunctionMode):
         name: str,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        labels: list[list[Dim] | None],
-        whole_outs: Sequence[Tensor],
-    ) -> Any:
+        labels: list[Label],
+    ) -> Local:
+        sizes = self._sizes(labels[0])
         source = next(rules.tensors((args, kwargs)))
-        dims = labels[0] or []
-        local = [self._local(d, s) for d, s in zip(dims, whole_outs[0].shape, strict=True)]
         if name in _VIEWS:
-            return source.view(local) if name in ("view", "view_as") else source.reshape(local)
+            return lambda a, k: _first(a, k).reshape(sizes)
         if name in _EXPANDS:
-            return source.expand(local)
+            return lambda a, k: _first(a, k).expand(sizes)
         if name == "repeat_interleave":
             at = rules.argument(args, kwargs, 2, "dim")
-            return source.repeat_interleave(local[at] // max(source.size(at), 1), at)
+            times = sizes[at] // max(source.size(at), 1)
+            return lambda a, k: _first(a, k).repeat_interleave(times, at)
         if name in _SPLITS:
             at = rules.argument(args, kwargs, 2, "dim", default=0) % source.dim()
-            sizes = [
-                self._local((d or [])[at], w.shape[at])
-                for d, w in zip(labels, whole_outs, strict=True)
-            ]
-            return torch.split(source, sizes, at)
+            parts = [self._sizes(label)[at] for label in labels]
+            return lambda a, k: torch.split(_first(a, k), parts, at)
         if name == "narrow":
-            at, start = (rules.argument(args, kwargs, i) for i in (1, 2))
-            return self._slice(source, at, start, start + whole_outs[0].shape[at])
-        if name == "__getitem__":
+            at, start = (rules.argument(args, kwargs, i, n) for i, n in ((1, "dim"), (2, "start")))
+            at, start = at % source.dim(), int(start)
+            place = self._place(source, at, start, start + labels[0].whole.shape[at])
+            return lambda a, k: _first(a, k).narrow(at, *place)
+        if name == "__getitem__" and label_of(args[0]) is not None:
             return self._getitem(args[0], args[1])
-        return func(
-            *self._aligned(name, args, labels, whole_outs),
-            **self._aligned_kwargs(name, kwargs, labels, whole_outs),
-        )
+        changes = [
+            self._operand(name, tensor, labels[0]) for tensor in rules.tensors((args, kwargs))
+        ]
+        if all(change is None for change in changes):
+            return lambda a, k: func(*a, **k)
 
-    def _slice(self, source: Tensor, at: int, start: int, stop: int) -> Tensor:
-        """Elements ``start:stop`` of a whole dimension, those that this rank holds."""
+        def aligned(a: Any, k: dict[str, Any]) -> Any:
+            steps = iter(changes)
+            return func(*_changed(a, steps), **_changed(k, steps))
+
+        return aligned
+
+    def _place(self, source: Tensor, at: int, start: int, stop: int) -> tuple[int, int]:
+        """Where elements ``start:stop`` of a whole dimension lie on this rank: (start, length)."""
         label = label_of(source)
         assert label is not None
-        at %= source.dim()
-        if self._local(label.dims[at], label.whole.shape[at]) == label.whole.shape[at]:
-            return source.narrow(at, start, stop - start)
+        size = label.whole.shape[at]
+        start, stop = start % size if start < 0 else start, stop
+        if self._sizes(label)[at] == size:
+            return start, stop - start
         before = inside = 0
         for a, b in self.solution.ranges(label.dims[at], self.rank):
             before += max(0, min(b, start) - a)
             inside += max(0, min(b, stop) - max(a, start))
-        return source.narrow(at, before, inside)
+        return before, inside
 
-    def _getitem(self, source: Tensor, index: Any) -> Tensor:
+    def _getitem(self, source: Tensor, index: Any) -> Local:
         label = label_of(source)
-        if label is None:
-            return source[index]
+        assert label is not None
         items = list(index) if isinstance(index, tuple) else [index]
+        items = [i if _as_slice(i) is None else _as_slice(i) for i in items]
         taken = sum(1 for item in items if item is not None and item is not Ellipsis)
-        at, out = 0, []
+        at, places, out = 0, [], []
         for item in items:
             if item is Ellipsis:
                 at += source.dim() - taken
             elif isinstance(item, slice):
                 start, stop, step = item.indices(label.whole.shape[at])
                 if step == 1:
-                    source = self._sliced(source, label, at, start, max(start, stop))
+                    places.append((at, *self._place(source, at, start, max(start, stop))))
                     item = slice(None)
                 at += 1
             elif item is not None:
                 at += 1
             out.append(item)
-        return source[tuple(out)]
 
-    def _sliced(self, source: Tensor, label: Label, at: int, start: int, stop: int) -> Tensor:
-        # several slices of one index are taken one by one, each from the last
-        source.__dict__.setdefault(_LABEL, label)
-        return self._slice(source, at, start, stop)
+        def local(a: Any, k: dict[str, Any]) -> Tensor:
+            tensor: Tensor = a[0]
+            for place in places:
+                tensor = tensor.narrow(*place)
+            # index tensors are this call's
+            given = list(a[1]) if isinstance(a[1], tuple) else [a[1]]
+            return tensor[
+                tuple(g if isinstance(g, Tensor) else o for g, o in zip(given, out, strict=True))
+            ]
 
-    def _aligned(
-        self,
-        name: str,
-        args: Any,
-        labels: list[list[Dim] | None],
-        whole_outs: Sequence[Tensor],
-    ) -> Any:
-        """Arguments in which whole operands are sliced as the cut ones that they meet."""
-        if isinstance(args, Tensor):
-            return self._operand(name, args, labels[0] or [], whole_outs[0])
-        if isinstance(args, (tuple, list)):
-            return type(args)(self._aligned(name, arg, labels, whole_outs) for arg in args)
-        return args
+        return local
 
-    def _aligned_kwargs(
-        self,
-        name: str,
-        kwargs: dict[str, Any],
-        labels: list[list[Dim] | None],
-        whole_outs: Sequence[Tensor],
-    ) -> dict[str, Any]:
-        return {key: self._aligned(name, arg, labels, whole_outs) for key, arg in kwargs.items()}
-
-    def _operand(self, name: str, tensor: Tensor, dims: list[Dim], whole: Tensor) -> Tensor:
+    def _operand(self, name: str, tensor: Tensor, out: Label) -> Callable[[Tensor], Tensor] | None:
+        """What is done to an operand: a whole one is sliced as the cut ones that it meets."""
         if label_of(tensor) is not None:
-            return tensor
-        meets = [self.solution.is_cut_dim(dim) for dim in dims]
+            return None
+        meets = [self.solution.is_cut_dim(dim) for dim in out.dims]
         if not any(meets):
-            return tensor
-        if tensor.requires_grad and torch.is_grad_enabled():
-            tensor = self.share(tensor)
+            return None
+        shares = tensor.requires_grad and torch.is_grad_enabled()
         last = 2 if rules.is_product(name) else 0  # rows and columns of a product meet nothing
-        for place in range(1 + last, min(len(dims), tensor.dim()) + 1):
-            size = tensor.size(-place)
-            if meets[-place] and size == whole.size(-place) != 1:
-                ranges = self.solution.ranges(dims[-place], self.rank)
-                at = tensor.dim() - place
-                pieces = [tensor.narrow(at, a, b - a) for a, b in ranges]
-                tensor = torch.cat(pieces, at) if len(pieces) != 1 else pieces[0]
-        return tensor
+        slices = []
+        for place in range(1 + last, min(len(out.dims), tensor.dim()) + 1):
+            if meets[-place] and tensor.size(-place) == out.whole.size(-place) != 1:
+                ranges = self.solution.ranges(out.dims[-place], self.rank)
+                slices.append((tensor.dim() - place, tuple(ranges)))
+        if not shares and not slices:
+            return None
+
+        def change(operand: Tensor) -> Tensor:
+            operand = self.share(operand) if shares else operand
+            for at, ranges in slices:
+                pieces = [operand.narrow(at, a, b - a) for a, b in ranges]
+                operand = pieces[0] if len(pieces) == 1 else torch.cat(pieces, at)
+            return operand
+
+        return change
+
+
+def _first(args: Any, kwargs: dict[str, Any]) -> Tensor:
+    return next(rules.tensors((args, kwargs)))
+
+
+def _as_slice(item: Any) -> slice | None:
+    """A list of consecutive integers as the slice that it is."""
+    if not isinstance(item, list) or not item or any(type(i) is not int for i in item):
+        return None
+    first, last = item[0], item[-1]
+    if item != list(range(first, last + 1)):
+        return None
+    return slice(first, last + 1 if last != -1 else None)
+
+
+def _changed(value: Any, steps: Iterator[Callable[[Tensor], Tensor] | None]) -> Any:
+    """Arguments with each tensor, in `rules.tensors`'s order, changed as the next step says."""
+    if isinstance(value, Tensor):
+        step = next(steps)
+        return value if step is None else step(value)
+    if isinstance(value, dict):
+        return {key: _changed(item, steps) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_changed(item, steps) for item in value)
+    return value
+
+
+_MOST_KEPT = 4096
+
+
+def _kept(table: dict[Any, _Kept], key: Any, value: _Kept) -> _Kept:
+    if len(table) >= _MOST_KEPT:
+        table.clear()
+    table[key] = value
+    return value
+
+
+def _signature(value: Any) -> Any:
+    """What of the arguments decides what a call comes to."""
+    if isinstance(value, Tensor):
+        label = label_of(value)
+        if label is not None:
+            return label
+        return (tuple(value.shape), value.dtype, value.requires_grad)
+    if isinstance(value, (tuple, list)):
+        return (type(value), *map(_signature, value))
+    if isinstance(value, dict):
+        return tuple((key, _signature(item)) for key, item in value.items())
+    if isinstance(value, slice):
+        return (slice, value.start, value.stop, value.step)
+    return (type(value), value)
 
 
 class _Wholes:
