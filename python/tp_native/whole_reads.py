@@ -47,8 +47,13 @@ class _ReadWhole(nn.Module):
         if self._is_running or mark is None:
             return local
         whole = local.as_subclass(WholeWeight)
-        whole.mark, whole.is_turned = mark, False
+        whole.mark, whole.is_turned, whole._is_param = mark, False, True
         return whole
+
+    def get_parameter(self, target: str) -> nn.Parameter:
+        """As ``nn.Module``'s; the weight as this rank has it."""
+        own = self._parameters.get(target)
+        return super().get_parameter(target) if own is None else own
 
 
 class WholeWeight(torch.Tensor):
@@ -59,6 +64,7 @@ class WholeWeight(torch.Tensor):
 
     mark: ShardMark
     is_turned: bool
+    _is_param: bool  # what makes it an nn.Parameter to isinstance
 
     @classmethod
     def __torch_function__(

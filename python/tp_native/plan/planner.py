@@ -210,7 +210,7 @@ class _Planner:
             summed=tuple(n for n, g in self.given.items() if g.style == ALL_REDUCE),
             whole=self.whole,
             followers=self.followers,
-            read_whole=tuple(name for name in self.read_whole if name in self.entries),
+            read_whole=self._read_whole(),
             cuts=self._cuts(),
         )
 
@@ -274,6 +274,13 @@ class _Planner:
         if trace is not None and name in trace.read_elsewhere:
             return f"its weight is read past its forward: {trace.read_elsewhere[name]}"
         return None
+
+    def _read_whole(self) -> tuple[str, ...]:
+        """Cut leaves whose weight other code reads, or may read where nothing was followed."""
+        if self.followed is not None and self.followed.failure:
+            kinds = ("linear", "embedding")
+            return tuple(name for name in self.entries if self.leaves[name].kind in kinds)
+        return tuple(name for name in self.read_whole if name in self.entries)
 
     def _can_be_read(self, leaf: Leaf) -> bool:
         """Whether code that reads a leaf's weight can be given the whole one: it must use it alike

@@ -6,10 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-)
 
 from . import rules
 from .axes import parts
@@ -17,8 +13,6 @@ from .inputs import Inputs, guesses
 from .replay import Attributes, Fitter
 from .solve import Pair, Solution, cut_pair, find_pairs, gradients
 from .trace import Event, Leaf, Trace, trace, trace_training
-
-_NO_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
 
 Fits = Callable[[Sequence[str], Sequence[str]], bool]
 
@@ -147,8 +141,8 @@ def _trace(
             except Exception as error:
                 said = (str(error).splitlines() or [""])[0]
                 failure = failure or f"{type(error).__name__}: {said}"
-                # fake tensors have no values to branch on; the model's own do
-                if not has_values or not isinstance(error, _NO_VALUES):
+                # fake tensors have no values to branch on, and some functions no fake form
+                if not has_values:
                     break
     return None, None, failure or "no inputs to try"
 
