@@ -352,7 +352,8 @@ def main() -> int:
     if "error" not in seen:
         drawn = [Matrix(**matrix) for matrix in seen["matrices"]]
         picture = options.out / "split.png"
-        title = f"The GPT's block {BLOCK} on {options.ranks} ranks: who holds what, to scale"
+        alike = f"all {options.layers} are cut alike"
+        title = f"A block of the GPT on {options.ranks} ranks ({alike}): who holds what, to scale"
         print(f"\n{report(seen)}\n\n{draw_text(drawn)}\n")
         if draw_picture(drawn, options.ranks, title, picture):
             print(f"The same to scale: {picture}")

@@ -66,6 +66,14 @@ def test_the_drawing_cuts_q_k_and_v_by_heads(twelve_layers: tuple[str, dict[str,
     assert " q 00000000     00000111     00000000     0000000000000000111111" in twelve_layers[0]
 
 
+def test_no_matplotlib_no_picture(example: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    model = example.make_model(1)
+    drawn = example.matrices(model, tp.plan(model, 2))
+    assert not example.draw_picture(drawn, 2, "title", tmp_path / "split.png")
+    assert not (tmp_path / "split.png").exists()
+
+
 def test_three_ranks_hold_uneven_parts(tmp_path: Path) -> None:
     out = tmp_path / "new" / "folder"
     done = run("--ranks", "3", "--layers", "1", "--tokens", "2", "--out", str(out))
