@@ -280,21 +280,26 @@ def failures(seen: dict[str, Any]) -> list[str]:
         return [seen["error"]]
     gradients, ranks = seen["gradients"], seen["ranks"]
     expected = 2 * seen["layers"] if ranks > 1 else 0
-    claims = {
-        f"logits are {seen['logits']:.1e} from the dense model's (limit {LIMIT:.0e})": seen[
-            "logits"
-        ]
-        <= LIMIT,
-        f"the gradient of {gradients['worst']} is {gradients['error']:.1e} from the dense model's "
-        f"(limit {LIMIT:.0e})": gradients["error"] <= LIMIT,
-        "ranks hold other weights than the plan says": seen["shares_held"],
-        "the ranks' logits differ from each other": seen["logits_alike"],
-        f"{seen['collectives']} collectives, the plan says {seen['planned']} and two a layer are "
-        f"{expected}": seen["collectives"] == seen["planned"]
-        and seen["collectives"]["in_layers"] == expected,
-        f"generated {seen['cut_text']}, the dense model {seen['text']}": seen["text_equal"],
-    }
-    return [claim for claim, holds in claims.items() if not holds]
+    count, planned = seen["collectives"], seen["planned"]
+    claims = [
+        (
+            seen["logits"] <= LIMIT,
+            f"logits are {seen['logits']:.1e} from the dense model's (limit {LIMIT:.0e})",
+        ),
+        (
+            gradients["error"] <= LIMIT,
+            f"the gradient of {gradients['worst']} is {gradients['error']:.1e} from the dense "
+            f"model's (limit {LIMIT:.0e})",
+        ),
+        (seen["shares_held"], "ranks hold other weights than the plan says"),
+        (seen["logits_alike"], "the ranks' logits differ from each other"),
+        (
+            count == planned and count["in_layers"] == expected,
+            f"{count} collectives, the plan says {planned} and two a layer are {expected}",
+        ),
+        (seen["text_equal"], f"generated {seen['cut_text']}, the dense model {seen['text']}"),
+    ]
+    return [claim for holds, claim in claims if not holds]
 
 
 def report(seen: dict[str, Any]) -> str:
@@ -302,9 +307,9 @@ def report(seen: dict[str, Any]) -> str:
     ranks, layers, tokens = seen["ranks"], seen["layers"], seen["tokens"]
     gradients, count, planned = seen["gradients"], seen["collectives"], seen["planned"]
     local = "/".join(f"{n:,}" for n in seen["local_parameters"])
-    parameters = f"{seen['parameters']:,} parameters"
+    size = f"{layers} layer{'s' * (layers > 1)}, {seen['parameters']:,} parameters"
     lines = {
-        "model": f"{layers} layers, {parameters}; {local} on {ranks} rank{'s' * (ranks > 1)}",
+        "model": f"{size}; {local} on {ranks} rank{'s' * (ranks > 1)}",
         "logits": f"within {seen['logits']:.1e} of the dense model's; "
         f"bitwise equal on all ranks: {'yes' if seen['logits_alike'] else 'NO'}",
         "gradients": f"all {gradients['count']} within {gradients['error']:.1e}; "
