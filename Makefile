@@ -1,4 +1,4 @@
-# make demo | train | test | sanitize | coverage | soak | lint | format | bench | gpu-check | clean      (PYTHON=, VENV=, TORCH=, ARGS= may be set)
+# make demo | train | nanogpt | test | sanitize | coverage | soak | lint | format | bench | gpu-check | clean      (PYTHON=, VENV=, TORCH=, ARGS= may be set)
 # Each target does the set-up that it needs, on a bare clone too; what has not changed is not done again.
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +10,7 @@ SETUP = PY=$$(sh scripts/setup.sh) && export PATH="$$(dirname "$$PY"):$$PATH"
 SETUP_DEV = PY=$$(sh scripts/setup.sh dev) && export PATH="$$(dirname "$$PY"):$$PATH"
 CXX_FILES = find csrc bench tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh'
 
-.PHONY: demo train test ctest pytest sanitize coverage soak lint format bench gpu-check setup clean
+.PHONY: demo train nanogpt test ctest pytest sanitize coverage soak lint format bench gpu-check setup clean
 
 setup:
 	@$(SETUP) && echo "$$PY"
@@ -20,6 +20,9 @@ demo:
 
 train:
 	@PY=$$(sh scripts/setup.sh bench) && exec "$$PY" examples/train.py $(ARGS)
+
+nanogpt:
+	@PY=$$(sh scripts/setup.sh bench) && exec "$$PY" examples/nanogpt.py $(ARGS)
 
 test: ctest
 	@$(MAKE) --no-print-directory pytest
