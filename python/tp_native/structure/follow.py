@@ -13,6 +13,7 @@ from .inputs import Inputs, guesses
 from .replay import Attributes, Fitter
 from .solve import Pair, Solution, cut_pair, find_pairs, gradients
 from .trace import Event, Leaf, Trace, trace, trace_training
+from .twin import Kind
 
 Fits = Callable[[Sequence[str], Sequence[str]], bool]
 
@@ -133,17 +134,16 @@ def _trace(
     model: nn.Module, found: dict[str, Leaf], inputs: Inputs | None
 ) -> tuple[Trace | None, Inputs | None, str]:
     failure = ""
-    has_values = not any(p.is_meta for p in model.parameters())
+    kinds: tuple[Kind, ...] = ("meta", "fake", "real")
+    if any(p.is_meta for p in model.parameters()):
+        kinds = ("meta", "fake")
     for args, kwargs in [inputs] if inputs is not None else guesses(model):
-        for is_fake in (True, False):
+        for kind in kinds:
             try:
-                return trace(model, found, args, kwargs, is_fake=is_fake), (args, kwargs), ""
+                return trace(model, found, args, kwargs, kind), (args, kwargs), ""
             except Exception as error:
                 said = (str(error).splitlines() or [""])[0]
                 failure = failure or f"{type(error).__name__}: {said}"
-                # fake tensors have no values to branch on, and some functions no fake form
-                if not has_values:
-                    break
     return None, None, failure or "no inputs to try"
 
 

@@ -18,14 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from . import rules
 from .axes import Axis, leaves
 from .solve import Solution
 from .trace import Event, Leaf, Trace, Tracer, Value, run
 from .translate import Translator
-from .twin import twin_of
+from .twin import mode_of, twin_of
 
 # Calls whose integers are sizes, which differ between ranks.
 _SIZED = frozenset(
@@ -88,7 +87,7 @@ class _Replay(Tracer):
         rank: int,
         regions: Collection[str],
     ) -> None:
-        super().__init__(model, found)
+        super().__init__(model, found, trace.kind)
         self.dense = trace.events
         self.spans = trace.spans
         self.regions = regions
@@ -127,8 +126,10 @@ class _Replay(Tracer):
         while self.event is not None and self.event.name != name and self._does_nothing(self.event):
             self.at += 1  # such as repeating each key/value head once
         event = self.event
-        if event is None or event.name != name or len(event.outs) != len(outs):
+        if event is None or event.name != name:
             raise Departure(event, f"calls {name} instead of {event.name if event else 'nothing'}")
+        if len(event.outs) != len(outs):
+            raise Departure(event, f"{name} gives {len(outs)} tensors, not {len(event.outs)}")
         for value, out in zip(event.outs, outs, strict=True):
             expected = self.expected(value)
             if tuple(out.shape) != expected and not value.is_constant:
@@ -244,8 +245,8 @@ def replay(
     Raises: Departure where its code does not follow the cuts.
     """
     runner = _Replay(model, trace.leaves, trace, solution, rank, regions)
-    mode = FakeTensorMode(allow_non_fake_inputs=True) if trace.is_fake else None
-    twin = twin_of(model, mode)
+    mode = mode_of(trace.kind)
+    twin = twin_of(model, trace.kind, mode)
     for name, values in attributes.items():
         for attribute, per_rank in values.items():
             setattr(twin.get_submodule(name), attribute, per_rank[rank])

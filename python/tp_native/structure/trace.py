@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from . import rules
 from .axes import Axis, Dim, join, leaves, mix, opaque
-from .twin import stand_ins, twin_of
+from .twin import FACTORIES, Kind, mode_of, stand_ins, twin_of
 
 
 @dataclass(eq=False)
@@ -86,7 +85,7 @@ class Trace:
     read_elsewhere: dict[str, str] = field(default_factory=dict)  # leaf -> where
     readers: dict[str, set[str]] = field(default_factory=dict)  # leaf -> modules
     outputs: list[Value] = field(default_factory=list)
-    is_fake: bool = True
+    kind: Kind = "meta"
 
 
 def leaf_kind(module: nn.Module) -> str | None:
@@ -197,10 +196,10 @@ def new_leaf(name: str, module: nn.Module, kind: str) -> Leaf:
 class Tracer(TorchFunctionMode):
     """Follows functions while a model runs; `trace` is the way in."""
 
-    def __init__(self, model: nn.Module, found: dict[str, Leaf]) -> None:
+    def __init__(self, model: nn.Module, found: dict[str, Leaf], kind: Kind) -> None:
         super().__init__()
         self.model = model
-        self.trace = Trace(found)
+        self.trace = Trace(found, kind=kind)
         self.values: dict[int, Value] = {}
         self.stack: list[tuple[str, int]] = []
         self.leaf_parameters: dict[int, str] = {}
@@ -245,6 +244,8 @@ class Tracer(TorchFunctionMode):
         name = rules.name_of(func)
         if name in rules.METADATA:
             return func(*args, **kwargs)
+        if name in FACTORIES and self.trace.kind == "meta":
+            kwargs = {**kwargs, "device": "meta"}
         return self.call(func, name, args, kwargs)
 
     def call(
@@ -385,16 +386,14 @@ class _Lookup:
 
 def run(
     twin: nn.Module,
-    mode: FakeTensorMode | None,
+    mode: contextlib.AbstractContextManager[Any],
     tracer: Tracer,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     *,
     is_training: bool = False,
 ) -> Any:
-    """The twin's forward, every function and leaf through ``tracer``: on fake tensors under
-    ``mode``, or on numbers.
-    """
+    """The twin's forward under ``mode``, every function and leaf through ``tracer``."""
     owners: dict[int, str] = {}
     for name, leaf in tracer.trace.leaves.items():
         module = twin.get_submodule(name)
@@ -403,12 +402,9 @@ def run(
     for name, module in twin.named_modules():
         module.register_forward_pre_hook(partial(_enter, tracer, name))
         module.register_forward_hook(partial(_leave, tracer), always_call=True)
-    given = stand_ins((tuple(args), dict(kwargs)), mode, twin)
+    given = stand_ins((tuple(args), dict(kwargs)), tracer.trace.kind, mode, twin)
     twin.train(is_training)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.enable_grad())
-        if mode is not None:
-            stack.enter_context(mode)
+    with torch.enable_grad(), mode:
         for name, parameter in twin.named_parameters():
             tracer.add_parameter(name, parameter, owners.get(id(parameter)))
         for tensor in rules.tensors(given):
@@ -436,9 +432,9 @@ def trace_training(
 
     Raises: whatever the model raises.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    twin = twin_of(model, mode)
-    tracer = Tracer(twin, seen.leaves)
+    mode = mode_of(seen.kind)
+    twin = twin_of(model, seen.kind, mode)
+    tracer = Tracer(twin, seen.leaves, seen.kind)
     run(twin, mode, tracer, args, kwargs, is_training=True)
     return tracer.trace
 
@@ -448,20 +444,18 @@ def trace(
     found: Mapping[str, Leaf],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    *,
-    is_fake: bool = True,
+    kind: Kind = "meta",
 ) -> Trace:
-    """Follow one forward pass of a twin of ``model``, with leaves ``found``; its weights are not
-    read where ``is_fake``.
+    """Follow one forward pass of a twin of ``model``, with leaves ``found``; its weights are read
+    only where ``kind`` is "real".
 
     Raises: whatever the model raises on these inputs.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True) if is_fake else None
-    twin = twin_of(model, mode)
+    mode = mode_of(kind)
+    twin = twin_of(model, kind, mode)
     fresh = {name: new_leaf(name, leaf.module, leaf.kind) for name, leaf in found.items()}
-    tracer = Tracer(twin, fresh)
+    tracer = Tracer(twin, fresh, kind)
     output = run(twin, mode, tracer, args, kwargs)
-    tracer.trace.is_fake = is_fake
     for tensor in rules.tensors(output):
         value = tracer.value_of(tensor)
         tracer.trace.outputs.append(value)
