@@ -1,12 +1,10 @@
-"""A plan for readers: as text, as a table for terminals, as JSON."""
+"""A plan for readers: as text, and as a table for terminals."""
 
 from __future__ import annotations
 
-import json
 import re
 import textwrap
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +12,7 @@ from ..partition import ShardLayout
 from .facts import (
     BACKWARD,
     FORWARD,
-    Collective,
+    by_op,
     collectives,
     path,
     sharded_share,
@@ -24,13 +22,14 @@ from .facts import (
 from .shards import ATTENTION, COLUMN_GATHER, ShardEntry, ShardPlan
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType
 
 _WIDTH = 100
 _LIST = 14  # columns for a list of sizes
 _SHORT = {COLUMN_GATHER: "colwise_rep"}  # as rules may call it too
 _NUMBER = re.compile(r"(?:^|(?<=\.))\d+(?=\.|$)")
 _HEADS = ("module", "n", "cut", "each rank", "bytes", "forward")
+_LOOKS = ("bold", "dim", "cyan", "", "green", "magenta")
 
 
 @dataclass(frozen=True)
@@ -70,9 +69,8 @@ def rows(plan: ShardPlan) -> list[Row]:
         per_rank = tuple(
             sum(plan.held_bytes(p, rank) for p in held) for rank in range(plan.world_size)
         )
-        times = {0: "not called", 1: ""}.get(calls, f"called {calls} times")
-        if op := ending.get(names[0]):
-            times = op if calls == 1 else f"{op}, {calls} times"
+        times = {0: "not called", 1: ""}.get(calls, f"x{calls}")
+        forward = f"{ending.get(names[0], '')} {times}".strip()
         made.append(
             Row(
                 fold(names),
@@ -80,7 +78,7 @@ def rows(plan: ShardPlan) -> list[Row]:
                 entry.style,
                 _cut_text(entry),
                 per_rank if held else None,
-                times,
+                forward,
                 entry.note,
             )
         )
@@ -172,30 +170,36 @@ def _per_cent(share: float) -> str:
 
 
 def as_text(plan: ShardPlan) -> str:
-    """The plan as plain text, `_WIDTH` columns at most but for a lone long name."""
+    """The plan as plain text, `_WIDTH` columns at most but for lone long names."""
     lines = [_title(plan)]
-    if plan.entries:
-        table = [_HEADS, *(row.cells() for row in rows(plan))]
-        rest = sum(2 + max(map(len, column)) for column in [*zip(*table, strict=True)][1:])
-        table = [(_shortened(name, _WIDTH - rest), *cells) for name, *cells in table]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        for line in table:
-            cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-            lines.append("  ".join(cells).rstrip())
+    table = _table(plan, _WIDTH)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        lines.append("  ".join(cells).rstrip())
     for heading, items in sections(plan):
-        lines.append(f"{heading}:")
-        for item in items:
-            lines += textwrap.wrap(
-                item,
-                _WIDTH,
-                initial_indent="  ",
-                subsequent_indent="      ",
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
-    for line in summary(plan):
-        lines += textwrap.wrap(line, _WIDTH, subsequent_indent="    ", break_on_hyphens=False)
-    return "\n".join(lines)
+        lines += [f"{heading}:", *(_wrapped(item, _WIDTH, "  ") for item in items)]
+    return "\n".join([*lines, *(_wrapped(line, _WIDTH) for line in summary(plan))])
+
+
+def _table(plan: ShardPlan, width: int) -> list[tuple[str, ...]]:
+    """Heads and rows, names shortened to what is left of ``width``; empty if nothing is cut."""
+    if not plan.entries:
+        return []
+    table = [_HEADS, *(row.cells() for row in rows(plan))]
+    rest = sum(2 + max(map(len, column)) for column in [*zip(*table, strict=True)][1:])
+    return [(_shortened(name, width - rest), *cells) for name, *cells in table]
+
+
+def _wrapped(text: str, width: int, indent: str = "") -> str:
+    return textwrap.fill(
+        text,
+        width,
+        initial_indent=indent,
+        subsequent_indent=f"{indent}    ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _title(plan: ShardPlan) -> str:
@@ -287,7 +291,7 @@ def summary(plan: ShardPlan) -> list[str]:
             f"on other ranks are {_per_cent(lost.copied)} of the model{f': {told}' if told else ''}"
         )
     count, token_bytes = plan.collectives()
-    kinds = _by_op(all_found, FORWARD)
+    kinds = by_op(all_found, FORWARD)
     told = "; ".join(f"{c['count']} {op}, {c['bytes_per_token']}" for op, c in kinds.items())
     lines.append(
         f"collectives per forward: {count}, {token_bytes} bytes per token"
@@ -304,26 +308,12 @@ def summary(plan: ShardPlan) -> list[str]:
     return lines
 
 
-def _by_op(found: Sequence[Collective], direction: str) -> dict[str, Counter[str]]:
-    kinds: dict[str, Counter[str]] = {}
-    for one in found:
-        if one.direction == direction:
-            kinds.setdefault(one.op, Counter()).update(
-                count=one.calls,
-                bytes_per_token=one.calls * one.bytes_per_token,
-                bytes_per_pass=one.calls * one.bytes_per_pass,
-            )
-    return kinds
-
-
 # -- rich
 
 
 def as_rich(plan: ShardPlan) -> RenderableType:
-    """The plan as a table and lines for ``rich`` to print."""
+    """The plan as a table and lines for ``rich`` to print, as wide as its console."""
     try:
-        from rich import box
-        from rich.console import Group
         from rich.table import Table
         from rich.text import Text
     except ModuleNotFoundError as error:
@@ -331,127 +321,23 @@ def as_rich(plan: ShardPlan) -> RenderableType:
             "explain('rich') needs rich, which is not installed: pip install \"tp_native[rich]\""
         ) from error
 
-    table = Table(box=box.SIMPLE_HEAD, title=_title(plan), title_justify="left", pad_edge=False)
-    looks = ("bold", "dim", "cyan", "", "green", "magenta")
-    for heading, look in zip(_HEADS, looks, strict=True):
-        right = "right" if heading == "n" else "left"
-        table.add_column(heading, style=look, justify=right, overflow="fold")  # type: ignore[arg-type]
-    for row in rows(plan):
-        table.add_row(*map(Text, row.cells()))
-    told: list[Text] = []
-    for heading, items in sections(plan):
-        told.append(Text(f"{heading}:", "yellow"))
-        told += [Text(f"  {item}") for item in items]
-    return Group(
-        *([table] if plan.entries else [Text(_title(plan))]), *told, *map(Text, summary(plan))
-    )
+    class Report:
+        def __rich_console__(
+            self, console: Console, options: ConsoleOptions
+        ) -> Iterator[RenderableType]:
+            width = options.max_width
+            yield Text(_title(plan), "bold")
+            if plan.entries:
+                heads, *lines = _table(plan, width)
+                table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+                for heading, look in zip(heads, _LOOKS, strict=True):
+                    table.add_column(heading, style=look, overflow="fold")
+                for line in lines:
+                    table.add_row(*map(Text, line))
+                yield table
+            for heading, items in sections(plan):
+                yield Text(f"{heading}:", "yellow")
+                yield from (Text(_wrapped(item, width, "  ")) for item in items)
+            yield from (Text(_wrapped(line, width)) for line in summary(plan))
 
-
-# -- JSON
-
-
-def as_json(plan: ShardPlan) -> str:
-    """The plan as JSON, every module by itself; lists over ranks begin with rank 0.
-
-    Keys: ``format`` (1, grows when a key changes its meaning), ``model``, ``world_size``,
-    ``modules`` (``name``, ``class``, ``style``, ``size`` of the dimension that is cut (heads of an
-    attention), ``local_sizes``, ``ranges`` (null where the ranks' parts follow one another, else
-    [start, stop] pairs for each rank), ``parameters`` (``name``, ``shape``, ``dim``,
-    ``local_shapes``), ``bytes_per_rank``, ``tied_to`` (null, or the parameter that it shares, whose
-    bytes count there), ``calls`` in a forward pass, ``note``, ``collectives``), ``whole`` (modules
-    whose matrices every rank holds: ``name``, ``class``, ``reason``, ``bytes``), ``attributes``
-    (``module``, ``name``, ``values``), ``translated`` (name to reason), ``summed``,
-    ``partial_gradients``, ``followers``, ``collectives`` (``forward`` and ``backward``, by
-    operation), ``bytes`` (``model``, ``per_rank``), ``waste``, ``sharded_matrix_percent``.
-
-    A collective: ``op``, ``direction``, ``calls`` in one pass, ``bytes_per_token`` of one call,
-    ``bytes_per_pass`` of one call, which don't depend on tokens. ``waste``: what the fullest rank
-    holds beyond the mean and all ranks beyond the model, in per cent, and the latter's parts in
-    bytes.
-    """
-    found = collectives(plan)
-    by_module: dict[str, list[Collective]] = {}
-    for one in found:
-        by_module.setdefault(one.module, []).append(one)
-    lost = waste(plan)
-    told = {
-        "format": 1,
-        "model": plan.model_name,
-        "world_size": plan.world_size,
-        "modules": [
-            _module(plan, name, entry, by_module.pop(name, []))
-            for name, entry in plan.entries.items()
-        ],
-        "whole": [
-            {
-                "name": one.module,
-                "class": plan.kinds.get(one.module),
-                "reason": one.reason,
-                "bytes": one.size_bytes,
-            }
-            for one in whole_matrices(plan)
-        ],
-        "attributes": [
-            {"module": module, "name": name, "values": values}
-            for module, named in plan.attributes.items()
-            for name, values in named.items()
-        ],
-        "translated": dict(plan.translated),
-        "summed": plan.summed,
-        "partial_gradients": plan.partial_gradients,
-        "followers": dict(plan.followers),
-        "collectives": {way: _by_op(found, way) for way in (FORWARD, BACKWARD)},
-        "bytes": {
-            "model": plan.whole_bytes(),
-            "per_rank": [plan.local_bytes(rank) for rank in range(plan.world_size)],
-        },
-        "waste": {
-            "fullest_over_mean_percent": 100 * lost.imbalance,
-            "copies_percent": 100 * lost.copied,
-            "shared_parts_bytes": lost.shared_heads,
-            "whole_matrices_bytes": lost.matrices,
-            "vectors_bytes": lost.vectors,
-        },
-        "sharded_matrix_percent": 100 * sharded_share(plan),
-    }
-    return json.dumps(told, indent=2)
-
-
-def _module(
-    plan: ShardPlan, name: str, entry: ShardEntry, found: Sequence[Collective]
-) -> Mapping[str, Any]:
-    layout = ShardLayout.of(entry.partition)
-    params = [path(name, local) for local in entry.shards]
-    held = [param for param in params if param not in plan.aliases]
-    ranks = range(plan.world_size)
-    return {
-        "name": name,
-        "class": plan.kinds.get(name),
-        "style": entry.style,
-        "size": layout.size,
-        "local_sizes": layout.local_sizes.sizes,
-        "ranges": None if layout.is_consecutive else layout.ranges,
-        "parameters": [
-            {
-                "name": param,
-                "shape": plan.shapes[param],
-                "dim": entry.shards[local].dim,
-                "local_shapes": [plan.local_shape(param, rank) for rank in ranks],
-            }
-            for local, param in zip(entry.shards, params, strict=True)
-        ],
-        "bytes_per_rank": [sum(plan.held_bytes(p, rank) for p in held) for rank in ranks],
-        "tied_to": next((plan.aliases[p] for p in params if p in plan.aliases), None),
-        "calls": plan.calls_of(name),
-        "note": entry.note,
-        "collectives": [
-            {
-                "op": one.op,
-                "direction": one.direction,
-                "calls": one.calls,
-                "bytes_per_token": one.bytes_per_token,
-                "bytes_per_pass": one.bytes_per_pass,
-            }
-            for one in found
-        ],
-    }
+    return Report()

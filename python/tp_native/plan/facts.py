@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from .shards import (
@@ -80,6 +81,19 @@ def collectives(plan: ShardPlan) -> list[Collective]:
         size = math.prod(plan.shapes[name]) * plan.item_bytes[name]
         found.append(Collective(name.rpartition(".")[0], ALL_REDUCE, BACKWARD, 1, 0, size))
     return found
+
+
+def by_op(found: Sequence[Collective], direction: str) -> dict[str, Counter[str]]:
+    """Counts and bytes of one pass, by operation."""
+    kinds: dict[str, Counter[str]] = {}
+    for one in found:
+        if one.direction == direction:
+            kinds.setdefault(one.op, Counter()).update(
+                count=one.calls,
+                bytes_per_token=one.calls * one.bytes_per_token,
+                bytes_per_pass=one.calls * one.bytes_per_pass,
+            )
+    return kinds
 
 
 def _of_entry(plan: ShardPlan, name: str, entry: ShardEntry) -> Iterator[Collective]:

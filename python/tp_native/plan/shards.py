@@ -180,12 +180,12 @@ class ShardPlan:
         by ``rich``), or "json" (every module, see `as_json` for the keys).
         Raises: ValueError for another format; ModuleNotFoundError for "rich" without ``rich``.
         """
-        from . import explain
+        from . import as_json, explain
 
         if format == "text":
             return explain.as_text(self)
         if format == "json":
-            return explain.as_json(self)
+            return as_json.as_json(self)
         if format == "rich":
             return explain.as_rich(self)
         raise ValueError(f"explain got format {format!r}, expected 'text', 'json' or 'rich'")
