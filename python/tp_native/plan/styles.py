@@ -76,15 +76,31 @@ def given_styles(
         )
     for pattern, names in matched.items():
         styles.update(dict.fromkeys(names, Given(own[pattern], False)))
-    mine = _match(rules or {}, modules, name)
+    mine = _matched_rules(rules or {}, modules, name)
     for pattern, names in sorted(mine.items(), key=lambda item: "*" not in item[0]):
-        if not names:
-            raise PlanError(
-                f"rule {pattern!r} matches no module of {name}; `*` stands for "
-                f"one number, names look like {_examples(modules)}"
-            )
         styles.update(dict.fromkeys(names, Given((rules or {})[pattern], True)))
     return {path: _known(path, given, name) for path, given in styles.items()}
+
+
+def check_rules(model: nn.Module, rules: Mapping[str, str]) -> None:
+    """Raise PlanError if a rule's style is unknown or refused, or it matches no module."""
+    name = type(model).__name__
+    for pattern, style in rules.items():
+        _known(pattern, Given(style, True), name)
+    _matched_rules(rules, dict(model.named_modules()), name)
+
+
+def _matched_rules(
+    rules: Mapping[str, str], modules: Mapping[str, nn.Module], model_name: str
+) -> dict[str, list[str]]:
+    matched = _match(rules, modules, model_name)
+    for pattern, names in matched.items():
+        if not names:
+            raise PlanError(
+                f"rule {pattern!r} matches no module of {model_name}; `*` stands for one number, "
+                f"names look like {_examples(modules)}"
+            )
+    return matched
 
 
 def _known(path: str, given: Given, model_name: str) -> Given:
