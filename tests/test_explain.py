@@ -140,11 +140,14 @@ def test_json_of_attention_and_shared_heads() -> None:
 
 
 MODELS = {
-    "llama": (llama, {"num_hidden_layers": 12}),
+    "llama": (llama, {"num_hidden_layers": 3}),
     "gpt": (lambda: GPT(GPTConfig()), {}),
     "t5": (model_folders.make, {"name": "T5ForConditionalGeneration"}),
     "vit": (model_folders.make, {"name": "ViTForImageClassification"}),
-    "encoder": (lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(24, 6), 2), {}),
+    "encoder": (
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(24, 6, batch_first=True), 2),
+        {},
+    ),
 }
 
 
@@ -158,17 +161,15 @@ def test_text_keeps_to_100_columns(name: str, ranks: int) -> None:
 
 def test_text_of_uneven_ranks() -> None:
     model = nn.Sequential(nn.Linear(16, 102), nn.GELU(), nn.Linear(102, 16), nn.Linear(16, 1))
-    assert (
-        plan(model, 8, rules={"3": "replicate"}).explain()
-        == (
-            "Sequential on 8 ranks\n"
-            "module  n  cut      each rank        bytes         forward\n"
-            "0       1  colwise  6*13/2*12 of 102  816..884 B\n"
-            "2       1  rowwise  6*13/2*12 of 102  768..832 B  all-reduce\n"
-        )
-        + ""
-        or "6*13/2*12 of 102" in plan(model, 8, rules={"3": "replicate"}).explain()
-    )
+    lines = plan(model, 8, rules={"3": "replicate"}).explain().splitlines()
+    assert lines[:6] == [
+        "Sequential on 8 ranks",
+        "module  n  cut      each rank         bytes       forward",
+        "0       1  colwise  6*13/2*12 of 102  816..884 B",
+        "2       1  rowwise  6*13/2*12 of 102  768..832 B  all-reduce",
+        "whole on every rank:",
+        "  3, 64 B: by rule",
+    ]
 
 
 def test_text_says_what_stays_whole_what_is_alone_and_what_is_not_called() -> None:
@@ -178,7 +179,7 @@ def test_text_says_what_stays_whole_what_is_alone_and_what_is_not_called() -> No
     assert "encoder.embed_tokens: a sum over it" in text
     assert "decoder.block.*.layer.1.EncDecAttention (2): n_heads 3" in text
     text = plan(model_folders.make("ViTForImageClassification"), 2).explain()
-    assert "Conv2d is no Linear, Conv1D, Embedding or MultiheadAttention" in text
+    assert "Conv2d is no Linear, Conv1D, Embedding or MultiheadAttention" in " ".join(text.split())
     assert "all-reduce x2" in plan(model_folders.make("AlbertForMaskedLM"), 2).explain()
 
 

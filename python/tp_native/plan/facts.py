@@ -1,4 +1,4 @@
-"""What a plan costs: collectives of a pass, what ranks hold twice, what none of them shares."""
+"""What a plan costs: collectives of each pass, what several ranks hold, what uneven sizes lose."""
 
 from __future__ import annotations
 
