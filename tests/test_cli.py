@@ -171,14 +171,6 @@ def test_too_long_a_prompt_is_explained(folder: Path) -> None:
     )
 
 
-def test_more_ranks_than_key_value_heads_are_explained(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["plan", "--model", str(folder), "--tp", "5"]) == 1
-    told = capsys.readouterr().err
-    assert "must be divisible" in told and "4" in told and told.count("error: ") == 1
-
-
 @pytest.fixture
 def running(folder: Path) -> Iterator[subprocess.Popen[str]]:
     """Two ranks in the middle of a long text, and what started them."""

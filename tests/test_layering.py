@@ -47,7 +47,7 @@ PYTHON = [
     {"huggingface"},
     {"parallelize"},
     {"checkpoint.adapter", "checkpoint.loader"},
-    {"generate", "orchestrator"},
+    {"generate", "orchestrator", "show_plan"},
     {"launch"},
     {"cli"},
     {"__init__", "__main__"},

@@ -27,6 +27,16 @@ def test_the_training_program_runs_on_two_ranks(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoint" / "optimizer.json").exists()
 
 
+def test_the_plan_it_shows_is_the_one_that_is_printed(tmp_path: Path) -> None:
+    (program,) = [text for text in programs() if "explain()" in text]
+    (shown,) = re.findall(r"^```text\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == shown
+
+
 def test_its_names_exist() -> None:
     names = {name for text in programs() for name in re.findall(r"\btp\.(\w+)", text)}
     names |= set(re.findall(r"`(?:with )?tp\.(\w+)", README.read_text()))

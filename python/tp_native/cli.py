@@ -20,6 +20,7 @@ from typing import Any
 from . import flight
 from .errors import TensorParallelError
 from .launch import follow_parent, launch
+from .show_plan import add_arguments, show_plan
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,8 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     plan = commands.add_parser("plan", help="show how a model would be cut; reads no weights")
-    plan.set_defaults(run=_plan)
-    _add_model(plan)
+    plan.set_defaults(run=lambda options, arguments: show_plan(options))
+    add_arguments(plan)
 
     doctor = commands.add_parser("doctor", help="show versions, backends and the machine")
     doctor.set_defaults(run=_doctor)
@@ -336,21 +337,7 @@ def _comparison_text(comparison: dict[str, Any]) -> str:
     return "\n".join([*lines, *(_facts_text(facts).strip("[]") for facts in comparison["runs"])])
 
 
-# -- plan, doctor
-
-
-def _plan(options: argparse.Namespace, arguments: Sequence[str]) -> int:
-    folder = _check_model(options)
-
-    from .checkpoint.reader import CheckpointFolder
-    from .checkpoint.skeleton import build_skeleton, read_config, resolve_dtype
-    from .plan import plan
-
-    config = read_config(folder)
-    with CheckpointFolder(folder) as files:
-        model = build_skeleton(config, resolve_dtype(config, files.tensors, None))
-    print(plan(model, options.tp).explain())
-    return 0
+# -- doctor, blame
 
 
 def _doctor(options: argparse.Namespace, arguments: Sequence[str]) -> int:
@@ -375,7 +362,7 @@ def _doctor(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         "memory": f"{memory / 2**30:.1f} GiB",
         "kernel": platform.release(),
     }
-    for name in ("transformers", "tokenizers", "safetensors"):
+    for name in ("transformers", "tokenizers", "safetensors", "rich"):
         rows[name] = _version(name)
     width = max(map(len, rows))
     for name, value in rows.items():

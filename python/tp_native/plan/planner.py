@@ -8,6 +8,7 @@ finds which features belong together. No table of model names lives here.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -211,6 +212,8 @@ class _Planner:
             whole=self.whole,
             followers=self.followers,
             read_whole=self._read_whole(),
+            calls=self._calls(),
+            kinds={n: type(m).__name__ for n, m in self.modules.items() if m._parameters},
             cuts=self._cuts(),
         )
 
@@ -220,6 +223,10 @@ class _Planner:
         producers = {n for cut in self.followed.solution.cuts for n in cut.pair.producers}
         axes = {n: axis for n in producers if (axis := self.leaves[n].out_axis) is not None}
         return Cuts(self.followed.solution, axes)
+
+    def _calls(self) -> Mapping[str, int]:
+        events = self.followed.trace.events if self.followed else ()
+        return Counter(event.leaf for event in events if event.leaf is not None)
 
     def _partial(self) -> tuple[str, ...]:
         partial = set(self.followed.partial) if self.followed else set()

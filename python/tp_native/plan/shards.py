@@ -6,10 +6,14 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, overload
 
 from ..partition import Partition, ShardLayout
 from ..structure.axes import Axis
 from ..structure.solve import Solution
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 # What a module does in the cut model.
 COLUMN = "colwise"
@@ -87,7 +91,9 @@ class ShardPlan:
     whose outputs are summed over the ranks. ``read_whole``: cut modules whose weight other code
     reads. ``whole``: modules with matrices that every rank holds whole, and why. ``followers``:
     tied parameters that a module keeps but never reads, with the name under which it is cut.
-    ``cuts``: the axes behind it, for translation.
+    ``calls``: how often a forward pass calls each module that can be cut, empty where none was
+    followed. ``kinds``: class names of modules with parameters. ``cuts``: the axes behind it, for
+    translation.
     """
 
     world_size: int
@@ -104,6 +110,8 @@ class ShardPlan:
     read_whole: tuple[str, ...] = ()
     whole: Mapping[str, str] = field(default_factory=dict)
     followers: Mapping[str, str] = field(default_factory=dict)
+    calls: Mapping[str, int] = field(default_factory=dict)
+    kinds: Mapping[str, str] = field(default_factory=dict)
     cuts: Cuts | None = field(default=None, repr=False, compare=False)
 
     def shard(self, param_name: str) -> Shard | None:
@@ -152,19 +160,36 @@ class ShardPlan:
         """Bytes of the dense model's parameters; tied parameters count once."""
         return sum(math.prod(self.shapes[n]) * self.item_bytes[n] for n in self.owned())
 
+    def calls_of(self, module: str) -> int:
+        """How often a forward pass calls a module; 1 where no pass was followed."""
+        return self.calls.get(module, 0) if self.calls else 1
+
     def collectives(self) -> tuple[int, int]:
         """(collectives in one forward pass, bytes per token that they combine)."""
-        if self.world_size == 1:
-            return 0, 0
-        ending = {name: entry.features for name, entry in self.entries.items() if entry.features}
-        return len(ending), sum(n * self._bytes_of(name) for name, n in ending.items())
+        from .facts import FORWARD, collectives
 
-    def _bytes_of(self, module: str) -> int:
-        local = next(iter(self.entries[module].shards))
-        return self.item_bytes[f"{module}.{local}" if module else local]
+        found = [one for one in collectives(self) if one.direction == FORWARD]
+        return sum(c.calls for c in found), sum(c.calls * c.bytes_per_token for c in found)
 
-    def explain(self) -> str:
-        """A table: modules folded by layer, shards, bytes per rank, collectives per forward."""
-        from .explain import as_text
+    @overload
+    def explain(self, format: Literal["text", "json"] = "text") -> str: ...
 
-        return as_text(self)
+    @overload
+    def explain(self, format: Literal["rich"]) -> RenderableType: ...
+
+    def explain(self, format: str = "text") -> str | RenderableType:
+        """The plan for readers: what is cut how, what stays whole and why, bytes and collectives.
+
+        ``format``: "text" (modules folded by layer, 100 columns), "rich" (the same, to be printed
+        by ``rich``), or "json" (every module, see `as_json` for the keys).
+        Raises: ValueError for another format; ModuleNotFoundError for "rich" without ``rich``.
+        """
+        from . import as_json, explain
+
+        if format == "text":
+            return explain.as_text(self)
+        if format == "json":
+            return as_json.as_json(self)
+        if format == "rich":
+            return explain.as_rich(self)
+        raise ValueError(f"explain got format {format!r}, expected 'text', 'json' or 'rich'")

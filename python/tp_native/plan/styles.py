@@ -80,22 +80,39 @@ def given_styles(
         for path, bare in found:
             refused = bare is not None and _MEANING.get(own[pattern]) != REPLICATE
             styles[path] = Given(_BARE if refused else own[pattern], False)
-    mine = _match(rules or {}, modules)
-    for pattern, found in sorted(mine.items(), key=lambda item: "*" not in item[0]):
-        style = (rules or {})[pattern]
+    mine = _matched_rules(rules or {}, modules, name)
+    for pattern, names in sorted(mine.items(), key=lambda item: "*" not in item[0]):
+        styles.update(dict.fromkeys(names, Given((rules or {})[pattern], True)))
+    return {path: _known(path, given, name) for path, given in styles.items()}
+
+
+def check_rules(model: nn.Module, rules: Mapping[str, str]) -> None:
+    """Raise PlanError if a rule's style is unknown or refused, or it matches no module."""
+    name = type(model).__name__
+    for pattern, style in rules.items():
+        _known(pattern, Given(style, True), name)
+    _matched_rules(rules, dict(model.named_modules()), name)
+
+
+def _matched_rules(
+    rules: Mapping[str, str], modules: Mapping[str, nn.Module], model_name: str
+) -> dict[str, list[str]]:
+    matched = {}
+    for pattern, found in _match(rules, modules).items():
         if not found:
             raise PlanError(
-                f"rule {pattern!r} matches no module of {name}; `*` stands for "
-                f"one number, names look like {_examples(modules)}"
+                f"rule {pattern!r} matches no module of {model_name}; `*` stands for one number, "
+                f"names look like {_examples(modules)}"
             )
-        for path, bare in found:
-            if bare is not None and _MEANING.get(style) != REPLICATE:
+        for _, bare in found:
+            if bare is not None and _MEANING.get(rules[pattern]) != REPLICATE:
                 raise PlanError(
-                    f"{name}: rule {pattern!r}: {style!r} names a parameter ({bare}) that is no "
-                    "weight of a Linear or Embedding; only those are cut, name the module"
+                    f"{model_name}: rule {pattern!r}: {rules[pattern]!r} names a parameter "
+                    f"({bare}) that is no weight of a Linear or Embedding; only those are cut, "
+                    "name the module"
                 )
-            styles[path] = Given(style, True)
-    return {path: _known(path, given, name) for path, given in styles.items()}
+        matched[pattern] = [name for name, _ in found]
+    return matched
 
 
 def _known(path: str, given: Given, model_name: str) -> Given:
