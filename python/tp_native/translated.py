@@ -53,6 +53,11 @@ class _Region:
     _translation: dict[str, Any]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # a compiler does not see through: it runs as it is
+            return torch.compiler.disable(self._run)(*args, **kwargs)
+        return self._run(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         before = getattr(_active, "translator", None)
         if before is not None:
             return super().forward(*args, **kwargs)  # type: ignore[misc]

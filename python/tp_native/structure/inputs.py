@@ -27,6 +27,20 @@ def split_inputs(inputs: Sequence[Any] | Tensor) -> Inputs:
 
 def guesses(model: nn.Module) -> Iterator[Inputs]:
     """Inputs that the model may take, likeliest first."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    for args, kwargs in _guesses(model):
+        yield (
+            tuple(_cast(value, dtype) for value in args),
+            {name: _cast(value, dtype) for name, value in kwargs.items()},
+        )
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    is_float = isinstance(value, Tensor) and value.is_floating_point()
+    return value.to(dtype) if is_float else value
+
+
+def _guesses(model: nn.Module) -> Iterator[Inputs]:
     if hasattr(model, "config") and hasattr(model, "main_input_name"):
         yield from _of_transformers(model)
         return

@@ -343,14 +343,15 @@ class Fitter:
 
     def _region_for(self, owner: str) -> str | None:
         """The nearest module around ``owner`` that has leaves of both sides of a pair."""
-        while owner:
-            inside = f"{owner}."
+        while True:
+            inside = f"{owner}." if owner else ""
             for cut in self.solution.cuts:
                 sides = (cut.pair.producers, cut.pair.consumers)
                 if all(any(name.startswith(inside) for name in side) for side in sides):
                     return owner
+            if not owner:
+                return None
             owner = owner.rpartition(".")[0]
-        return None
 
     def _attributes_for(self, owner: str, departure: Departure) -> Attributes | None:
         """Values for all modules of the owner's class that get past its departure."""

@@ -330,7 +330,7 @@ def gradients(trace: Trace, solution: Solution, regions: Collection[str] = ()) -
 
 def is_inside(module: str, regions: Collection[str]) -> bool:
     """Whether a module is one of ``regions`` or lies in one."""
-    return any(module == region or module.startswith(f"{region}.") for region in regions)
+    return any(not region or f"{module}.".startswith(f"{region}.") for region in regions)
 
 
 def _conflict(found: Gradients, event: Event, why: str) -> Gradients:

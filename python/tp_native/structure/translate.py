@@ -130,7 +130,9 @@ class Translator(TorchFunctionMode):
         except rules.NotFollowed as reason:
             raise self._error(name, str(reason) or "not followed") from None
         for cut in self.solution.cuts:
-            if (why := cut.pair.axis.find().mixed) is not None:
+            axis = cut.pair.axis.find()
+            if axis.mixed is not None:
+                why, axis.mixed = axis.mixed, None  # the next call starts anew
                 raise self._error(name, why)
         labels = [
             Label(dims or [opaque(size) for size in whole.shape], whole)
@@ -150,7 +152,7 @@ class Translator(TorchFunctionMode):
 
     def _error(self, name: str, why: str) -> TensorParallelError:
         return TensorParallelError(
-            f"{self.place}: {name} can't run on a part of the model: {why}. Give its Linears other "
+            f"{self.place or 'the model'}: {name} can't run on a part of the model: {why}. Give its Linears other "
             'styles, for example tp.plan(model, n, rules={"...": "colwise_gather_output"})'
         )
 
