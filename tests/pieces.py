@@ -96,7 +96,7 @@ def commutes(
     dims_out = [tracer.value_of(tensor).dims for tensor in whole]
     leaves = [part for dims in labels for dim in dims or () for axis in dim for part in parts(axis)]
     unique = list({id(leaf): leaf for leaf in leaves}.values())
-    found.mixed = [leaf.mixed for leaf in unique if leaf.mixed is not None]
+    found.mixed = [leaf.mixed for leaf in unique if leaf.mixed is not None and not leaf.is_opaque]
     free = [
         leaf
         for leaf in unique

@@ -91,8 +91,8 @@ _ALSO_POINTWISE = frozenset(
         "zeros_like", "ones_like", "full_like", "empty_like", "floor_divide", "true_divide",
         "subtract", "multiply", "divide", "negative", "absolute", "arccos", "arcsin", "arctan",
         "arctan2", "greater", "greater_equal", "less", "less_equal", "not_equal", "float_power",
-        "softsign", "logsigmoid", "tanhshrink", "expit", "special_expit", "complex", "polar",
-        "real", "imag", "conj", "resolve_conj", "square", "xlogy", "fix", "isreal",
+        "softsign", "log_sigmoid", "hardswish", "_threshold", "tanhshrink", "expit", "complex",
+        "special_expit", "polar", "real", "imag", "conj", "resolve_conj", "fix", "isreal",
     }
 )  # fmt: skip
 KEEPS_CONSTANT = frozenset(
@@ -458,7 +458,7 @@ def _getitem(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor])
     source, index = args[0], args[1]
     items = list(index) if isinstance(index, tuple) else [index]
     takes = sum(1 for item in items if item is not None and item is not Ellipsis)
-    if any(isinstance(item, (Tensor, list)) and _as_range(item) is None for item in items):
+    if any(isinstance(item, (Tensor, list)) and as_range(item) is None for item in items):
         return _advanced(lookup, source, items, outs[0])
     if Ellipsis not in [item if item is Ellipsis else None for item in items]:
         items.append(Ellipsis)
@@ -482,10 +482,25 @@ def _getitem(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor])
     return [out]
 
 
+@_rule("__setitem__")
+def _setitem(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
+    """``x[index] = value``: what comes out is ``x``."""
+    target, index, value = args
+    if not lookup.is_followed(target):
+        raise NotFollowed("it writes into what comes from no weight")
+    part = target.detach()[index]
+    (dims,) = _getitem(lookup, (target, index), {}, [part])
+    if isinstance(value, Tensor):
+        extra = max(value.dim() - part.dim(), 0)  # leading ones
+        given = (value, lookup.dims(value)[extra:])
+        broadcast(lookup, [(target, dims), given], part.shape)
+    return [lookup.dims(outs[0])]
+
+
 def _range(dim: Dim, item: Any) -> Dim:
     size = size_of(dim)
     if isinstance(item, list):
-        start, stop = _as_range(item) or (0, 0)
+        start, stop = as_range(item) or (0, 0)
         start, stop = start % size, (stop - 1) % size + 1
         return _sliced(dim, start, stop)
     if not isinstance(item, slice):
@@ -497,11 +512,51 @@ def _range(dim: Dim, item: Any) -> Dim:
     return _sliced(dim, start, max(start, stop))
 
 
-def _as_range(item: Any) -> tuple[int, int] | None:
+def as_range(item: Any) -> tuple[int, int] | None:
+    """Start and stop of a list of neighbours."""
     if not isinstance(item, list) or not item or not all(type(i) is int for i in item):
         return None
     first = item[0]
+    if first < 0 <= first + len(item) - 1:
+        return None
     return (first, first + len(item)) if item == list(range(first, first + len(item))) else None
+
+
+def starts(name: str, args: Args, kwargs: Kwargs) -> list[tuple[int, int]]:
+    """(dimension, first element) of each slice and index that a call takes."""
+    try:
+        if name in ("narrow", "select"):
+            x, at = _first(args, kwargs), argument(args, kwargs, 1, "dim")
+            first = argument(args, kwargs, 2, "start", "index")
+            return [(at % x.dim(), first % max(x.size(at), 1))] if isinstance(first, int) else []
+        is_index = name in ("__getitem__", "__setitem__")
+        return _starts_of_index(args[0], args[1]) if is_index else []
+    except (TypeError, ValueError, LookupError):
+        return []
+
+
+def _starts_of_index(source: Tensor, index: Any) -> list[tuple[int, int]]:
+    items = list(index) if isinstance(index, tuple) else [index]
+    takes = [
+        0 if item is None or isinstance(item, bool)
+        else item.dim() if isinstance(item, Tensor) and item.dtype == torch.bool
+        else 1
+        for item in items
+    ]  # fmt: skip
+    found, at = [], 0
+    for item, count in zip(items, takes, strict=True):
+        if item is Ellipsis:
+            at += source.dim() - sum(takes) + 1
+            continue
+        size = source.size(at) if count else 0
+        if isinstance(item, slice):
+            found.append((at, item.indices(size)[0]))
+        elif type(item) is int:
+            found.append((at, item % size))
+        elif (span := as_range(item)) is not None:
+            found.append((at, span[0] % size))
+        at += count
+    return found
 
 
 def _advanced(lookup: Lookup, source: Tensor, items: list[Any], out: Tensor) -> list[list[Dim]]:
@@ -625,7 +680,7 @@ def _einsum(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) 
     if not isinstance(args[0], str):
         raise NotFollowed("an equation of numbers")
     operands = list(tensors(args[1:]))
-    terms, result = _equation(args[0], [tensor.dim() for tensor in operands])
+    terms, result = equation(args[0], [tensor.dim() for tensor in operands])
     held: dict[str, list[tuple[Tensor, Dim]]] = {}
     for term, tensor in zip(terms, operands, strict=True):
         for letter, dim in zip(term, lookup.dims(tensor), strict=True):
@@ -640,7 +695,7 @@ def _einsum(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) 
     return [[joined[letter] for letter in result]]
 
 
-def _equation(text: str, ranks: Sequence[int]) -> tuple[list[str], str]:
+def equation(text: str, ranks: Sequence[int]) -> tuple[list[str], str]:
     """The letters of each operand's dimensions and of the result's; digits for those of ``...``."""
     given, arrow, result = text.replace(" ", "").partition("->")
     terms = given.split(",")

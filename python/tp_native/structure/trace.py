@@ -48,6 +48,7 @@ class Event:
     outs: list[Value]
     constants: tuple[Any, ...]
     leaf: str | None = None
+    starts: list[tuple[int, int]] = field(default_factory=list)  # of slices
 
 
 @dataclass(eq=False)
@@ -224,6 +225,8 @@ class Tracer(TorchFunctionMode):
         name = rules.name_of(func)
         if name in rules.METADATA:
             return func(*args, **kwargs)
+        if name == "__iter__":  # its pieces would come from nowhere
+            return iter(self.call(Tensor.unbind, "unbind", args, kwargs))
         return self.call(func, name, args, kwargs)
 
     def call(
@@ -236,9 +239,11 @@ class Tracer(TorchFunctionMode):
             if owner is not None:
                 self.trace.read_elsewhere.setdefault(owner, self._place(name))
         ins = [self.value_of(tensor) for tensor in given]
+        starts = rules.starts(name, args, kwargs)
         result = func(*args, **kwargs)
-        outs = list(rules.tensors(result))
+        outs = outputs_of(name, args, result)
         if not outs:
+            self._without_output(name, ins)
             return result
         labels = self._labels(name, args, kwargs, ins, result, outs)
         differentiable = any(value.is_differentiable for value in ins) and name != "detach"
@@ -257,8 +262,15 @@ class Tracer(TorchFunctionMode):
         for value in made:
             value.is_constant = constant
         constants = tuple(rules.constants((args, kwargs)))
-        self.trace.events.append(Event(name, self._module(), ins, made, constants))
+        self.trace.events.append(Event(name, self._module(), ins, made, constants, starts=starts))
         return result
+
+    def _without_output(self, name: str, ins: Sequence[Value]) -> None:
+        """What reads values (``tolist``, ``equal``) needs all of them."""
+        if name != "type":
+            for value in ins:
+                for dim in value.dims or ():
+                    mix(dim, self._place(name))
 
     def _labels(
         self,
@@ -336,6 +348,11 @@ class Tracer(TorchFunctionMode):
             yield
         finally:
             self.paused -= 1
+
+
+def outputs_of(name: str, args: tuple[Any, ...], result: Any) -> list[Tensor]:
+    """The tensors that a call gives; an assignment gives what it writes into."""
+    return [args[0]] if name == "__setitem__" else list(rules.tensors(result))
 
 
 class _Lookup:

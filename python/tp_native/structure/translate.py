@@ -25,7 +25,10 @@ _LABEL = "_tp_native_axes"
 _SHAPE = frozenset(
     ["shape", "size", "numel", "nelement", "stride", "dim", "ndim", "ndimension", "__len__"]
 )
-_VIEWS = frozenset(["view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "ravel"])
+_VIEWS = frozenset(
+    ["view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "ravel", "squeeze"]
+)
+_MOVES = frozenset(["to", "cpu", "cuda"])
 _EXPANDS = frozenset(["expand", "expand_as", "broadcast_to"])
 _SPLITS = frozenset(["split", "chunk", "tensor_split", "split_with_sizes"])
 
@@ -99,6 +102,9 @@ class Translator(TorchFunctionMode):
             return func(*_whole(args), **_whole(kwargs))
         if name in rules.METADATA:
             return func(*args, **kwargs)
+        if name in _MOVES and args and (label := label_of(args[0])) is not None:
+            moved = func(*args, **kwargs)  # nothing moves from meta
+            return self._attach(moved, label.dims, label.whole.to(moved.dtype))
         return self._call(func, name, args, kwargs)
 
     def _call(
@@ -149,7 +155,7 @@ class Translator(TorchFunctionMode):
         source = next(rules.tensors((args, kwargs)))
         dims = labels[0] or []
         local = [self._local(d, s) for d, s in zip(dims, whole_outs[0].shape, strict=True)]
-        if name in _VIEWS:
+        if name in _VIEWS and whole_outs[0].dtype == source.dtype:
             return source.view(local) if name in ("view", "view_as") else source.reshape(local)
         if name in _EXPANDS:
             return source.expand(local)
@@ -168,6 +174,8 @@ class Translator(TorchFunctionMode):
             return self._slice(source, at, start, start + whole_outs[0].shape[at])
         if name == "__getitem__":
             return self._getitem(args[0], args[1])
+        if name == "einsum":
+            return func(args[0], *self._terms(args, labels[0] or [], whole_outs[0]))
         return func(
             *self._aligned(name, args, labels, whole_outs),
             **self._aligned_kwargs(name, kwargs, labels, whole_outs),
@@ -196,6 +204,11 @@ class Translator(TorchFunctionMode):
         for item in items:
             if item is Ellipsis:
                 at += source.dim() - taken
+            elif (span := rules.as_range(item)) is not None:
+                size = label.whole.shape[at]
+                start, stop = span[0] % size, (span[1] - 1) % size + 1
+                source, item = self._sliced(source, label, at, start, stop), slice(None)
+                at += 1
             elif isinstance(item, slice):
                 start, stop, step = item.indices(label.whole.shape[at])
                 if step == 1:
@@ -211,6 +224,18 @@ class Translator(TorchFunctionMode):
         # several slices of one index are taken one by one, each from the last
         source.__dict__.setdefault(_LABEL, label)
         return self._slice(source, at, start, stop)
+
+    def _terms(self, args: Any, dims: list[Dim], whole: Tensor) -> list[Tensor]:
+        """An einsum's operands, the whole ones sliced letter by letter."""
+        operands = list(rules.tensors(args[1:]))
+        terms, result = rules.equation(args[0], [tensor.dim() for tensor in operands])
+        made = []
+        for term, tensor in zip(terms, operands, strict=True):
+            at = [result.find(letter) for letter in term]
+            sizes = [whole.size(i) if i >= 0 else tensor.size(n) for n, i in enumerate(at)]
+            meets = [dims[i] if i >= 0 else opaque(size) for i, size in zip(at, sizes, strict=True)]
+            made.append(self._operand("", tensor, meets, torch.empty(sizes, device="meta")))
+        return made
 
     def _aligned(
         self,
@@ -236,7 +261,8 @@ class Translator(TorchFunctionMode):
         return {key: self._aligned(name, arg, labels, whole_outs) for key, arg in kwargs.items()}
 
     def _operand(self, name: str, tensor: Tensor, dims: list[Dim], whole: Tensor) -> Tensor:
-        if label_of(tensor) is not None:
+        label = label_of(tensor)
+        if label is not None and any(map(self.solution.is_cut_dim, label.dims)):
             return tensor
         meets = [self.solution.is_cut_dim(dim) for dim in dims]
         if not any(meets):
