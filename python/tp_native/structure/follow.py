@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import (
 from .axes import parts
 from .inputs import Inputs, guesses
 from .replay import Attributes, Fitter
-from .solve import Pair, Solution, cut_pair, find_pairs, gradients
+from .solve import Pair, Solution, crossing, cut_pair, find_pairs, gradients
 from .trace import Event, Leaf, Trace, trace
 
 _NO_VALUES = (DataDependentOutputException, DynamicOutputShapeException)
@@ -34,6 +34,7 @@ class Followed:
     attributes: Attributes = field(default_factory=dict)
     partial: set[str] = field(default_factory=set)
     partial_outputs: set[str] = field(default_factory=set)
+    on_pieces: set[str] = field(default_factory=set)
     translated: dict[str, str] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)  # leaf -> why its pair was given up
     failure: str = ""
@@ -85,6 +86,7 @@ def follow(
                 result.translated = fitted.regions
                 result.partial = flow.partial
                 result.partial_outputs = flow.partial_outputs
+                result.on_pieces = flow.on_pieces
                 return result
             event, why = flow.conflict
             bad = {id(p): f"{why} ({_place(event)})" for p in _blame(result, pairs, event)}
@@ -119,6 +121,10 @@ def _overlapping(result: Followed, pairs: Sequence[Pair]) -> dict[int, str]:
             assert axis is not None
             if result.solution.layout(axis).is_replicated:
                 bad[id(pair)] = f"{name} would sum a part that several ranks hold"
+    for event in result.trace.events:
+        crossed = crossing(event, result.solution)
+        if crossed is not None:
+            bad[id(crossed)] = f"ranks would hold blocks of an outer product ({_place(event)})"
     return bad
 
 

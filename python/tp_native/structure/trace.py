@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from . import rules
-from .axes import Axis, Dim, join, leaves, mix, opaque
+from .axes import Axis, Dim, join, leaves, mix, mix_crossed, opaque
 
 
 @dataclass(eq=False)
@@ -339,7 +339,9 @@ class Tracer(TorchFunctionMode):
             mix([leaf.in_axis], "what comes from no weight is whole on every rank")
             return [*(opaque(size) for size in out.shape[:-1]), [leaf.out_axis]]
         join(x.dims[-1], [leaf.in_axis], f"the input of {leaf.name}")
-        return [*x.dims[:-1], [leaf.out_axis]]
+        dims = [*x.dims[:-1], [leaf.out_axis]]
+        mix_crossed(dims)
+        return dims
 
     @contextlib.contextmanager
     def _pause(self) -> Iterator[None]:
