@@ -54,7 +54,8 @@ class _Region:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # a compiler does not see through: it runs as it is
-            return torch.compiler.disable(self._run)(*args, **kwargs)
+            run: Any = torch.compiler.disable(self._run)  # type: ignore[no-untyped-call]
+            return run(*args, **kwargs)
         return self._run(*args, **kwargs)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:

@@ -280,6 +280,8 @@ class _Planner:
         trace = self.followed.trace if self.followed else None
         if trace is not None and name in trace.read_elsewhere:
             return f"its weight is read past its forward: {trace.read_elsewhere[name]}"
+        if self.followed and name in self.followed.on_pieces:
+            return "each rank calls it on other rows"
         return None
 
     def _read_whole(self) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ softmax) mixes it. A dimension of an activation is a list of axes, outermost fir
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -124,7 +125,7 @@ def _child(axis: Axis, size: int) -> Axis:
 
 def split_factors(axis: Axis, outer: int) -> tuple[Axis, Axis] | None:
     """Split a leaf into ``outer`` and the rest; None if it can't be."""
-    if axis.segments is not None or outer < 1 or axis.size % outer:
+    if axis.segments is not None or axis.factors is not None or outer < 1 or axis.size % outer:
         return None
     halves = (_child(axis, outer), _child(axis, axis.size // outer))
     if not axis.is_opaque:
@@ -141,7 +142,7 @@ def segment(axis: Axis, start: int, stop: int) -> Axis | None:
         return None
     if axis.segments is None:
         bounds = sorted({0, start, stop, axis.size})
-        axis.segments = [_child(axis, b - a) for a, b in zip(bounds, bounds[1:], strict=False)]
+        axis.segments = [_child(axis, b - a) for a, b in itertools.pairwise(bounds)]
     at = 0
     for i, child in enumerate(axis.segments):
         end = at + child.size
@@ -151,7 +152,7 @@ def segment(axis: Axis, start: int, stop: int) -> Axis | None:
             root = child.find()
             if root.factors is None and root.segments is None and child is root:
                 bounds = sorted({at, start, stop, end})
-                fresh = [_child(root, b - a) for a, b in zip(bounds, bounds[1:], strict=False)]
+                fresh = [_child(root, b - a) for a, b in itertools.pairwise(bounds)]
                 child.segments = list(fresh)  # for those who hold the coarser axis
                 axis.segments[i : i + 1] = fresh
                 return fresh[bounds.index(start)]
@@ -163,7 +164,10 @@ def segment(axis: Axis, start: int, stop: int) -> Axis | None:
 def join(a: Sequence[Axis], b: Sequence[Axis], why: str) -> bool:
     """Note that two dimensions of one size are cut alike; mixes both if no cut suits both."""
     left, right = leaves(a), leaves(b)
+    good = True
     while left and right:
+        # an axis that comes twice may have been split or linked meanwhile
+        left[0:1], right[0:1] = leaves(left[:1]), leaves(right[:1])
         x, y = left[0], right[0]
         if x is y:
             left.pop(0)
@@ -179,9 +183,28 @@ def join(a: Sequence[Axis], b: Sequence[Axis], why: str) -> bool:
             continue
         left.pop(0)
         right.pop(0)
-        if not _link(x, y, why):
-            return False
-    return True
+        good &= _link(x, y, why)
+    mix([*left, *right], why)
+    return good and not left and not right
+
+
+def united(a: Sequence[Axis], b: Sequence[Axis]) -> Dim:
+    """Of two dimensions that were joined one: where one has a weight's axis, that."""
+    left, right = leaves(a), leaves(b)
+    out: Dim = []
+    while left and right:
+        x, y = left[0], right[0]
+        if x.size == y.size:
+            out.append(y if x.is_opaque else x)
+            left.pop(0)
+            right.pop(0)
+            continue
+        big, small = (left, right) if x.size > y.size else (right, left)
+        halves = split_factors(big[0], small[0].size) if big[0].is_opaque else None
+        if halves is None:
+            break  # could not be joined, so both are mixed
+        big[0:1] = halves
+    return [*out, *left]
 
 
 def _link(x: Axis, y: Axis, why: str) -> bool:
@@ -189,10 +212,7 @@ def _link(x: Axis, y: Axis, why: str) -> bool:
         if not (x.is_opaque and y.is_opaque):
             meet_whole([x, y], why)
         return True
-    if x.segments is not None and y.segments is not None:
-        good = _join_segments(x, y, why)
-    else:
-        good = True
+    good = x.segments is None or y.segments is None or _join_segments(x, y, why)
     if x.segments is None and y.segments is not None:
         x, y = y, x
     y._link = x
@@ -213,19 +233,54 @@ def _join_segments(x: Axis, y: Axis, why: str) -> bool:
     return all([join([a], [b], why) for a, b in zip(x.segments, y.segments, strict=True)])
 
 
-def regroup(dims: Sequence[Dim], sizes: Sequence[int]) -> list[Dim] | None:
-    """Dimensions of a view with ``sizes``, in row-major order; None if an axis can't be split so.
+def regroup(dims: Sequence[Dim], sizes: Sequence[int]) -> list[Dim]:
+    """Dimensions of a view with ``sizes``, in row-major order.
 
-    What can't be told apart is mixed.
+    Where an axis can't be split so, what can't be told apart is mixed, and nothing is known of it.
     """
     queue = [leaf for dim in dims for leaf in leaves(dim)]
+    if 0 in sizes:
+        return _regroup_nothing(queue, sizes)
+    out: list[Dim] = []
+    while len(out) < len(sizes):
+        # the fewest dimensions that hold whole axes
+        count = 1
+        block: Dim = []
+        while (size := math.prod(sizes[len(out) : len(out) + count])) != size_of(block):
+            if size < size_of(block):
+                count += 1
+            else:
+                block.append(queue.pop(0))
+        here = sizes[len(out) : len(out) + count]
+        found = _regroup_block(block, here)
+        if found is None:
+            mix(block, "a view that cuts across it")
+            found = [opaque(size) for size in here]
+        out += found
+    return out
+
+
+def _regroup_nothing(queue: Dim, sizes: Sequence[int]) -> list[Dim]:
+    """`regroup` where one dimension is empty: those before and after it are told by their sizes."""
+    empty = list(sizes).index(0)
+    before, after = sizes[:empty], sizes[empty + 1 :]
+    head = next((i for i in range(len(queue)) if size_of(queue[:i]) == math.prod(before)), None)
+    tail = next((i for i in range(len(queue)) if size_of(queue[i + 1 :]) == math.prod(after)), None)
+    if 0 in after or head is None or tail is None or head > tail:
+        mix(queue, "a view of nothing")
+        return [opaque(size) for size in sizes]
+    inner = queue[head : tail + 1]
+    return [*regroup([queue[:head]], before), inner, *regroup([queue[tail + 1 :]], after)]
+
+
+def _regroup_block(queue: Sequence[Axis], sizes: Sequence[int]) -> list[Dim] | None:
+    queue = list(queue)
     out: list[Dim] = []
     for size in sizes:
         dim: Dim = []
         left = size
         while left != 1:
-            if not queue:
-                return None
+            queue[0:1] = leaves(queue[:1])  # one that comes twice may have been split meanwhile
             head = queue.pop(0)
             if left % head.size == 0:
                 dim.append(head)
@@ -233,10 +288,20 @@ def regroup(dims: Sequence[Dim], sizes: Sequence[int]) -> list[Dim] | None:
                 continue
             halves = split_factors(head, left) if head.size % left == 0 else None
             if halves is None:
-                mix([head, *queue, *dim], "a view that cuts across it")
                 return None
             dim.append(halves[0])
             queue.insert(0, halves[1])
             left = 1
         out.append(dim)
     return out
+
+
+def mix_crossed(dims: Sequence[Dim]) -> None:
+    """Mix what comes twice in one activation, as in an outer product with itself: of its square
+    ranks would hold the diagonal blocks only.
+    """
+    seen: dict[int, Axis] = {}
+    for leaf in (leaf for dim in dims for leaf in leaves(dim)):
+        here = {id(part): part for part in parts(leaf)}
+        mix([part for key, part in here.items() if key in seen], "it meets itself across")
+        seen |= here

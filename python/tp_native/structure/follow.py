@@ -11,7 +11,7 @@ from . import rules
 from .axes import parts
 from .inputs import Inputs, guesses
 from .replay import Attributes, Fitter
-from .solve import Pair, Solution, cut_pair, find_pairs, gradients
+from .solve import Pair, Solution, crossing, cut_pair, find_pairs, gradients
 from .trace import Event, Leaf, Trace, trace, trace_training
 from .twin import Kind
 
@@ -30,6 +30,7 @@ class Followed:
     attributes: Attributes = field(default_factory=dict)
     partial: set[str] = field(default_factory=set)
     partial_outputs: set[str] = field(default_factory=set)
+    on_pieces: set[str] = field(default_factory=set)
     translated: dict[str, str] = field(default_factory=dict)
     random: dict[str, tuple[bool, ...]] = field(default_factory=dict)
     dropped: dict[str, str] = field(default_factory=dict)  # leaf -> why its pair was given up
@@ -83,6 +84,7 @@ def follow(
                 result.partial = flow.partial
                 result.partial_outputs = flow.partial_outputs
                 result.random = _random(model, result, used)
+                result.on_pieces = flow.on_pieces
                 return result
             event, why = flow.conflict
             bad = {id(p): f"{why} ({_place(event)})" for p in _blame(result, pairs, event)}
@@ -156,6 +158,10 @@ def _overlapping(result: Followed, pairs: Sequence[Pair]) -> dict[int, str]:
             assert axis is not None
             if result.solution.layout(axis).is_replicated:
                 bad[id(pair)] = f"{name} would sum a part that several ranks hold"
+    for event in result.trace.events:
+        crossed = crossing(event, result.solution)
+        if crossed is not None:
+            bad[id(crossed)] = f"ranks would hold blocks of an outer product ({_place(event)})"
     return bad
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from . import rules
 from .axes import Axis, leaves
 from .solve import Solution
-from .trace import Event, Leaf, Trace, Tracer, Value, run
+from .trace import Event, Leaf, Trace, Tracer, Value, outputs_of, run
 from .translate import Translator
 from .twin import mode_of, twin_of
 
@@ -46,6 +46,7 @@ _SIZED = frozenset(
         "reshape_as",
         "view_as",
         "__getitem__",
+        "__setitem__",
     ]
 )
 
@@ -116,13 +117,20 @@ class _Replay(Tracer):
     def call(
         self, func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        starts = rules.starts(name, args, kwargs)
         result = func(*args, **kwargs)
-        outs = list(rules.tensors(result))
+        outs = outputs_of(name, args, result)
         if outs:
-            self._compare(name, outs, tuple(rules.constants((args, kwargs))))
+            self._compare(name, outs, tuple(rules.constants((args, kwargs))), starts)
         return result
 
-    def _compare(self, name: str, outs: Sequence[Tensor], constants: tuple[Any, ...]) -> None:
+    def _compare(
+        self,
+        name: str,
+        outs: Sequence[Tensor],
+        constants: tuple[Any, ...],
+        starts: Sequence[tuple[int, int]] = (),
+    ) -> None:
         while self.event is not None and self.event.name != name and self._does_nothing(self.event):
             self.at += 1  # such as repeating each key/value head once
         event = self.event
@@ -137,7 +145,18 @@ class _Replay(Tracer):
         constant = all(value.is_constant for value in event.outs)
         if not constant and not _alike(event.constants, constants, name in _SIZED):
             raise Departure(event, f"{name} gets {constants} instead of {event.constants}")
+        if not constant and all(out.numel() for out in outs):
+            expected_starts = [(at, self._start(event.ins[0], at, a)) for at, a in event.starts]
+            if list(starts) != expected_starts:
+                raise Departure(event, f"{name} starts at {starts}, not {expected_starts}")
         self.at += 1
+
+    def _start(self, value: Value, at: int, start: int) -> int:
+        """Where the part of a slice that this rank holds begins in the rank's part."""
+        if value.dims is None:
+            return start
+        ranges = self.solution.ranges(value.dims[at], self.rank)
+        return sum(max(0, min(b, start) - a) for a, b in ranges)
 
     def _does_nothing(self, event: Event) -> bool:
         """Whether on this rank's sizes a call only renames dimensions: code may leave it out."""

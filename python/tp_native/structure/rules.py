@@ -8,14 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .axes import Axis, Dim, join, leaves, meet_whole, mix, opaque, regroup, segment, size_of
+from .axes import (
+    Axis,
+    Dim,
+    join,
+    leaves,
+    meet_whole,
+    mix,
+    mix_crossed,
+    opaque,
+    regroup,
+    segment,
+    size_of,
+    united,
+)
 
 
 class NotFollowed(Exception):
@@ -45,7 +57,7 @@ METADATA = frozenset(
         "is_vulkan", "is_maia", "is_sparse_csr", "output_nr", "_version", "retains_grad",
         "size", "dim", "numel", "nelement", "element_size", "stride", "is_contiguous",
         "is_floating_point", "is_complex", "get_device", "data_ptr", "storage_offset",
-        "__len__", "ndimension", "type", "is_same_size", "untyped_storage", "is_inference",
+        "__len__", "ndimension", "is_same_size", "untyped_storage", "is_inference",
         "__hash__", "is_signed", "is_pinned", "is_shared",
     }
 )  # fmt: skip
@@ -69,6 +81,7 @@ CONSTANT = frozenset(
     {"zeros", "ones", "full", "empty", "zeros_like", "ones_like", "full_like", "empty_like"}
     | {"new_zeros", "new_ones", "new_full", "new_empty"}
 )
+# Another name for a function, where torch's tags don't know it.
 _DUNDERS = {
     "truediv": "div",
     "rtruediv": "div",
@@ -76,6 +89,7 @@ _DUNDERS = {
     "itruediv": "div",
     "rdiv": "div",
     "floordiv": "floor_divide",
+    "rfloordiv": "floor_divide",
     "mod": "remainder",
     "and": "bitwise_and",
     "or": "bitwise_or",
@@ -85,78 +99,23 @@ _DUNDERS = {
 }
 # Element-wise, though torch does not tag them so.
 _ALSO_POINTWISE = frozenset(
-    [
-        "to",
-        "float",
-        "double",
-        "half",
-        "bfloat16",
-        "type",
-        "type_as",
-        "contiguous",
-        "clone",
-        "detach",
-        "dropout",
-        "alpha_dropout",
-        "requires_grad_",
-        "masked_fill",
-        "where",
-        "fill",
-        "zero",
-        "bool",
-        "int",
-        "long",
-        "cpu",
-        "cuda",
-        "softsign",
-        "silu",
-        "relu",
-        "gelu",
-        "copy",
-        "hardtanh",
-        "alias",
-        "lift_fresh",
-        "zeros_like",
-        "ones_like",
-        "full_like",
-        "empty_like",
-        "rand_like",
-        "randn_like",
-        "nan_to_num",
-        "feature_dropout",
-        "positive",
-        "clip",
-    ]
-)
+    {
+        "contiguous", "dropout", "alpha_dropout", "requires_grad_", "where", "fill", "zero", "copy",
+        "bool", "int", "long", "cpu", "cuda", "relu", "positive", "clip", "alias", "lift_fresh",
+        "zeros_like", "ones_like", "full_like", "empty_like", "floor_divide", "true_divide",
+        "subtract", "multiply", "divide", "negative", "absolute", "arccos", "arcsin", "arctan",
+        "arctan2", "greater", "greater_equal", "less", "less_equal", "not_equal", "float_power",
+        "softsign", "log_sigmoid", "hardswish", "_threshold", "tanhshrink", "expit", "complex",
+        "special_expit", "polar", "real", "imag", "conj", "resolve_conj", "fix", "isreal",
+    }
+)  # fmt: skip
 KEEPS_CONSTANT = frozenset(
-    [
-        "to",
-        "float",
-        "double",
-        "half",
-        "bfloat16",
-        "type",
-        "type_as",
-        "contiguous",
-        "clone",
-        "detach",
-        "view",
-        "reshape",
-        "expand",
-        "unsqueeze",
-        "squeeze",
-        "__getitem__",
-        "transpose",
-        "permute",
-        "mul",
-        "add",
-        "sub",
-        "div",
-        "neg",
-        "__mul__",
-        "__add__",
-    ]
-)
+    {
+        "to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous", "clone",
+        "detach", "view", "reshape", "expand", "unsqueeze", "squeeze", "__getitem__", "transpose",
+        "permute", "mul", "add", "sub", "div", "neg", "__mul__", "__add__",
+    }
+)  # fmt: skip
 
 
 def name_of(func: Callable[..., Any]) -> str:
@@ -213,11 +172,19 @@ def follow(
         if not _is_pointwise(base):
             raise NotFollowed("not known")
         rule = _pointwise
-    return list(rule(lookup, args, kwargs, outs))
+    try:
+        labels = rule(lookup, args, kwargs, outs)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise NotFollowed(f"arguments that are not understood ({error})") from error
+    for dims, out in zip(labels, outs, strict=True):
+        if [size_of(dim) for dim in dims] != list(out.shape):
+            raise NotFollowed("a shape that is not understood")
+        mix_crossed(dims)
+    return list(labels)
 
 
 def _base(name: str) -> str:
-    if name in ("__getitem__", "T", "mT", "H"):
+    if name == "__getitem__":
         return name
     if name.startswith("__") and name.endswith("__"):
         inner = name[2:-2]
@@ -289,14 +256,15 @@ def broadcast(
             dim = dims[-place]
             if size_of(dim) == 1 and sizes[-place] != 1:
                 continue
+            if size_of(dim) != sizes[-place]:
+                raise NotFollowed("not broadcast")
             if not lookup.is_followed(tensor):
                 plain |= not lookup.is_constant(tensor)
             elif here is None:
                 here = dim
             else:
                 join(here, dim, "a join of axes that can't be cut alike")
-                if all(axis.find().is_opaque or axis.find().is_open for axis in leaves(here)):
-                    here = dim
+                here = united(here, dim)
         if here is None:
             here = opaque(sizes[-place])
         elif plain and sizes[-place] != 1:
@@ -317,12 +285,9 @@ def _pointwise(
     return [broadcast(lookup, operands, out.shape) for out in outs]
 
 
-@_rule("to", "type", "type_as", "float", "double", "half", "bfloat16", "detach", "clone", "copy")
+@_rule("to", "type", "type_as", "float", "double", "half", "bfloat16", "detach", "clone", "data")
 def _same(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
-    first = _first(args, kwargs)
-    if first.shape != outs[0].shape or not lookup.is_followed(first):
-        return _pointwise(lookup, args, kwargs, outs)
-    return [lookup.dims(first)]
+    return [lookup.dims(_first(args, kwargs))]
 
 
 # -- views
@@ -338,7 +303,23 @@ def _view(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) ->
         raise NotFollowed("another dtype")
     if not lookup.is_followed(source):
         return [_blank(outs[0])]
-    return [regroup(lookup.dims(source), outs[0].shape) or _blank(outs[0])]
+    return [regroup(lookup.dims(source), outs[0].shape)]
+
+
+@_rule("view_as_complex")
+def _view_as_complex(
+    lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]
+) -> list[list[Dim]]:
+    dims = lookup.dims(_first(args, kwargs))
+    mix(dims[-1], "a pair that makes a complex number")
+    return [dims[:-1]]
+
+
+@_rule("view_as_real")
+def _view_as_real(
+    lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]
+) -> list[list[Dim]]:
+    return [[*lookup.dims(_first(args, kwargs)), opaque(2)]]
 
 
 def _permuted(dims: list[Dim], order: Sequence[int]) -> list[list[Dim]]:
@@ -367,20 +348,25 @@ def _permute(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor])
 @_rule("movedim", "moveaxis")
 def _movedim(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
     dims = lookup.dims(_first(args, kwargs))
-    source = argument(args, kwargs, 1, "source")
-    target = argument(args, kwargs, 2, "destination")
-    if not isinstance(source, int) or not isinstance(target, int):
-        raise NotFollowed("several dimensions")
-    rest = list(range(len(dims)))
-    moved = rest.pop(source)
-    rest.insert(target % len(dims), moved)
-    return _permuted(dims, rest)
+    source = _places(argument(args, kwargs, 1, "source"), len(dims))
+    target = _places(argument(args, kwargs, 2, "destination"), len(dims))
+    order = [place for place in range(len(dims)) if place not in source]
+    for to, place in sorted(zip(target, source, strict=True)):
+        order.insert(to, place)
+    return _permuted(dims, order)
 
 
-@_rule("T", "mT", "t")
+@_rule("mT", "mH", "t", "adjoint")
 def _t(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
     dims = lookup.dims(_first(args, kwargs))
     return [[*dims[:-2], *dims[:-3:-1]]] if len(dims) > 1 else [dims]
+
+
+@_rule("T", "H")
+def _reversed(
+    lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]
+) -> list[list[Dim]]:
+    return [lookup.dims(_first(args, kwargs))[::-1]]
 
 
 @_rule("expand", "expand_as", "broadcast_to")
@@ -442,6 +428,8 @@ def _split(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -
     dims = lookup.dims(_first(args, kwargs))
     at = argument(args, kwargs, 2, "dim", default=0) % len(dims)
     made, start = [], 0
+    if sum(out.size(at) for out in outs) != size_of(dims[at]):
+        raise NotFollowed("pieces that are not the whole")
     for out in outs:
         stop = start + out.size(at)
         made.append([*dims[:at], _sliced(dims[at], start, stop), *dims[at + 1 :]])
@@ -490,15 +478,14 @@ def _index_select(
 @_rule("__getitem__")
 def _getitem(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
     source, index = args[0], args[1]
-    if not lookup.is_followed(source):
-        return [_blank(outs[0])]
     items = list(index) if isinstance(index, tuple) else [index]
     takes = sum(1 for item in items if item is not None and item is not Ellipsis)
-    if any(isinstance(item, (Tensor, list)) and _as_range(item) is None for item in items):
+    if any(isinstance(item, (Tensor, list)) and as_range(item) is None for item in items):
         return _advanced(lookup, source, items, outs[0])
     if Ellipsis not in [item if item is Ellipsis else None for item in items]:
         items.append(Ellipsis)
-    dims, out, at = lookup.dims(source), [], 0
+    out: list[Dim] = []
+    dims, at = lookup.dims(source), 0
     for item in items:
         if item is None:
             out.append([])
@@ -517,10 +504,25 @@ def _getitem(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor])
     return [out]
 
 
+@_rule("__setitem__")
+def _setitem(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
+    """``x[index] = value``: what comes out is ``x``."""
+    target, index, value = args
+    if not lookup.is_followed(target):
+        raise NotFollowed("it writes into what comes from no weight")
+    part = target.detach()[index]
+    (dims,) = _getitem(lookup, (target, index), {}, [part])
+    if isinstance(value, Tensor):
+        extra = max(value.dim() - part.dim(), 0)  # leading ones
+        given = (value, lookup.dims(value)[extra:])
+        broadcast(lookup, [(target, dims), given], part.shape)
+    return [lookup.dims(outs[0])]
+
+
 def _range(dim: Dim, item: Any) -> Dim:
     size = size_of(dim)
     if isinstance(item, list):
-        start, stop = _as_range(item) or (0, 0)
+        start, stop = as_range(item) or (0, 0)
         start, stop = start % size, (stop - 1) % size + 1
         return _sliced(dim, start, stop)
     if not isinstance(item, slice):
@@ -532,11 +534,51 @@ def _range(dim: Dim, item: Any) -> Dim:
     return _sliced(dim, start, max(start, stop))
 
 
-def _as_range(item: Any) -> tuple[int, int] | None:
+def as_range(item: Any) -> tuple[int, int] | None:
+    """Start and stop of a list of neighbours."""
     if not isinstance(item, list) or not item or not all(type(i) is int for i in item):
         return None
     first = item[0]
+    if first < 0 <= first + len(item) - 1:
+        return None
     return (first, first + len(item)) if item == list(range(first, first + len(item))) else None
+
+
+def starts(name: str, args: Args, kwargs: Kwargs) -> list[tuple[int, int]]:
+    """(dimension, first element) of each slice and index that a call takes."""
+    try:
+        if name in ("narrow", "select"):
+            x, at = _first(args, kwargs), argument(args, kwargs, 1, "dim")
+            first = argument(args, kwargs, 2, "start", "index")
+            return [(at % x.dim(), first % max(x.size(at), 1))] if isinstance(first, int) else []
+        is_index = name in ("__getitem__", "__setitem__")
+        return _starts_of_index(args[0], args[1]) if is_index else []
+    except (TypeError, ValueError, LookupError):
+        return []
+
+
+def _starts_of_index(source: Tensor, index: Any) -> list[tuple[int, int]]:
+    items = list(index) if isinstance(index, tuple) else [index]
+    takes = [
+        0 if item is None or isinstance(item, bool)
+        else item.dim() if isinstance(item, Tensor) and item.dtype == torch.bool
+        else 1
+        for item in items
+    ]  # fmt: skip
+    found, at = [], 0
+    for item, count in zip(items, takes, strict=True):
+        if item is Ellipsis:
+            at += source.dim() - sum(takes) + 1
+            continue
+        size = source.size(at) if count else 0
+        if isinstance(item, slice):
+            found.append((at, item.indices(size)[0]))
+        elif type(item) is int:
+            found.append((at, item % size))
+        elif (span := as_range(item)) is not None:
+            found.append((at, span[0] % size))
+        at += count
+    return found
 
 
 def _advanced(lookup: Lookup, source: Tensor, items: list[Any], out: Tensor) -> list[list[Dim]]:
@@ -546,10 +588,10 @@ def _advanced(lookup: Lookup, source: Tensor, items: list[Any], out: Tensor) -> 
     if len(special) != 1 or not plain or not isinstance(items[special[0]], Tensor):
         raise NotFollowed("several index tensors")
     dims, at, index = lookup.dims(source), special[0], items[special[0]]
-    if index.dtype == torch.bool:
+    if index.dtype in (torch.bool, torch.uint8):
         raise NotFollowed("a mask as index")
     mix(dims[at], "an index into it")
-    return [[*dims[:at], *(opaque(n) for n in index.shape), *dims[at + 1 :]]]
+    return [[*dims[:at], *lookup.dims(index), *dims[at + 1 :]]]
 
 
 @_rule("cat", "concat", "concatenate")
@@ -581,62 +623,88 @@ def _stack(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -
 @_rule("pad")
 def _pad(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
     source = _first(args, kwargs)
-    dims = lookup.dims(source)
-    for at, (before, after) in enumerate(zip(source.shape, outs[0].shape, strict=True)):
-        if before != after:
-            mix(dims[at], "padding along it")
-            dims[at] = opaque(after)
+    dims, by = lookup.dims(source), list(argument(args, kwargs, 1, "pad"))
+    for place in range(1, len(by) // 2 + 1):
+        if by[2 * place - 2 : 2 * place] != [0, 0]:
+            mix(dims[-place], "padding along it")
+            dims[-place] = opaque(outs[0].size(-place))
     return [dims]
 
 
 # -- products
 
 
+_PRODUCTS = frozenset({"matmul", "bmm", "mm", "baddbmm", "scaled_dot_product_attention", "linear"})
+
+
 def is_product(name: str) -> bool:
     """Whether a function multiplies matrices: its last two dimensions meet nothing."""
-    return _base(name) in ("matmul", "bmm", "baddbmm", "scaled_dot_product_attention")
+    return _base(name) in _PRODUCTS
 
 
-@_rule("matmul", "bmm", "mm")
+@_rule("matmul", "bmm", "mm", "mv", "dot", "inner", "vdot")
 def _matmul(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
-    a = argument(args, kwargs, 0, "input", "self")
-    b = argument(args, kwargs, 1, "other", "mat2")
+    a, b = _operands(args, kwargs, ("input", "self"), ("other", "mat2", "vec", "tensor"))
     return [_product(lookup, a, b, outs[0])]
 
 
+def _operands(args: Args, kwargs: Kwargs, *names: tuple[str, ...]) -> list[Tensor]:
+    found = [argument(args, kwargs, at, *given) for at, given in enumerate(names)]
+    if not all(isinstance(tensor, Tensor) for tensor in found):
+        raise NotFollowed("operands that are not tensors")
+    return found
+
+
 def _product(lookup: Lookup, a: Tensor, b: Tensor, out: Tensor) -> list[Dim]:
-    if a.dim() < 2 or b.dim() < 2:
-        raise NotFollowed("a vector")
     left, right = lookup.dims(a), lookup.dims(b)
-    mix([*left[-1], *right[-2]], "a product that sums over it")
-    batch = broadcast(lookup, [(a, left[:-2]), (b, right[:-2])], out.shape[:-2])
-    return [*batch, left[-2], right[-1]]
+    summed = right[-2] if len(right) > 1 else right[-1]
+    mix([*left[-1], *summed], "a product that sums over it")
+    rows, columns = left[-2:-1], right[-1:] if len(right) > 1 else []
+    sizes = out.shape[: out.dim() - len(rows) - len(columns)]
+    batch = broadcast(lookup, [(a, left[:-2]), (b, right[:-2])], sizes)
+    return [*batch, *rows, *columns]
 
 
-@_rule("baddbmm", "addmm", "addbmm")
+@_rule("baddbmm", "addmm")
 def _addmm(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
-    c, a, b = args[:3] if len(args) >= 3 else (_ for _ in tensors((args, kwargs)))
+    names = (("input", "self"), ("batch1", "mat1"), ("batch2", "mat2"))
+    c, a, b = _operands(args, kwargs, *names)
     product = _product(lookup, a, b, outs[0])
-    return [broadcast(lookup, [(a, product), (c, lookup.dims(c))], outs[0].shape)]
+    return [_added(lookup, (a, b), product, c, outs[0])]
+
+
+def _added(
+    lookup: Lookup, given: Sequence[Tensor], product: list[Dim], c: Tensor, out: Tensor
+) -> list[Dim]:
+    """A product plus something: followed where one of the product's operands is."""
+    one = next((tensor for tensor in given if lookup.is_followed(tensor)), given[0])
+    return broadcast(lookup, [(one, product), (c, lookup.dims(c))], out.shape)
 
 
 @_rule("linear")
 def _linear(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
-    x, weight = argument(args, kwargs, 0, "input"), argument(args, kwargs, 1, "weight")
+    x, weight = _operands(args, kwargs, ("input",), ("weight",))
+    bias = argument(args, kwargs, 2, "bias")
     dims, rows = lookup.dims(x), lookup.dims(weight)
     mix([*dims[-1], *rows[-1]], "a product that sums over it")
-    return [[*dims[:-1], rows[0]]]
+    made = [*dims[:-1], *rows[:-1]]
+    return [made if bias is None else _added(lookup, (x, weight), made, bias, outs[0])]
+
+
+@_rule("outer", "ger")
+def _outer(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
+    a, b = _operands(args, kwargs, ("input", "self"), ("vec2", "other"))
+    return [[*lookup.dims(a), *lookup.dims(b)]]
 
 
 @_rule("einsum")
 def _einsum(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
-    equation = args[0]
-    if not isinstance(equation, str) or "." in equation or "->" not in equation:
-        raise NotFollowed("an equation with dots")
-    given, result = equation.replace(" ", "").split("->")
+    if not isinstance(args[0], str):
+        raise NotFollowed("an equation of numbers")
     operands = list(tensors(args[1:]))
+    terms, result = equation(args[0], [tensor.dim() for tensor in operands])
     held: dict[str, list[tuple[Tensor, Dim]]] = {}
-    for term, tensor in zip(given.split(","), operands, strict=True):
+    for term, tensor in zip(terms, operands, strict=True):
         for letter, dim in zip(term, lookup.dims(tensor), strict=True):
             held.setdefault(letter, []).append((tensor, dim))
     joined: dict[str, Dim] = {}
@@ -647,6 +715,26 @@ def _einsum(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) 
             for _, dim in places:
                 mix(dim, "a product that sums over it")
     return [[joined[letter] for letter in result]]
+
+
+def equation(text: str, ranks: Sequence[int]) -> tuple[list[str], str]:
+    """The letters of each operand's dimensions and of the result's; digits for those of ``...``."""
+    given, arrow, result = text.replace(" ", "").partition("->")
+    terms = given.split(",")
+    dots = max(
+        (rank - len(t) + 3 for t, rank in zip(terms, ranks, strict=True) if "..." in t), default=0
+    )
+    digits = "0123456789"[:dots]
+    if len(digits) != dots:
+        raise NotFollowed("an equation of many dimensions")
+    if not arrow:
+        letters = sorted(set(given) - set(",."))
+        result = "..." + "".join(x for x in letters if given.count(x) == 1)
+    spelt = [
+        term.replace("...", digits[dots - (rank - len(term) + 3) :] if "..." in term else "")
+        for term, rank in zip(terms, ranks, strict=True)
+    ]
+    return spelt, result.replace("...", digits)
 
 
 @_rule("scaled_dot_product_attention")
@@ -661,12 +749,20 @@ def _attention(
     heads = q.size(-3) if q.dim() > 3 else 1
     for tensor, dims in ((k, dk), (v, dv)):
         if q.dim() > 3 and tensor.size(-3) not in (1, heads):
+            if kwargs.get("enable_gqa") is not True:
+                raise NotFollowed("heads that differ")
             dims[-3] = [*dims[-3], Axis(heads // tensor.size(-3), is_open=True)]
     batch = broadcast(lookup, [(q, dq[:-2]), (k, dk[:-2]), (v, dv[:-2])], [*outs[0].shape[:-2]])
-    if isinstance(mask, Tensor) and mask.dim() > 2:
-        sizes = outs[0].shape[:-2]
-        broadcast(lookup, [(q, batch), (mask, lookup.dims(mask)[:-2])], sizes)
-    return [[*batch, dq[-2], dv[-1]]]
+    rows = dq[-2]
+    if argument(args, kwargs, 5, "is_causal"):
+        mix(rows, "a mask that counts it")
+    if isinstance(mask, Tensor):
+        shape = [*outs[0].shape[:-1], k.size(-2)]
+        one = next((tensor for tensor in (q, k, v) if lookup.is_followed(tensor)), q)
+        meets = [(one, [*batch, rows, []]), (k, [dk[-2]]), (mask, lookup.dims(mask))]
+        *batch, rows, summed = broadcast(lookup, meets, shape)
+        mix(summed, "a product that sums over it")
+    return [[*batch, rows, dv[-1]]]
 
 
 # -- along one dimension
@@ -676,61 +772,108 @@ def _places(given: Any, rank: int) -> list[int]:
     if given is None:
         return list(range(rank))
     listed = [given] if isinstance(given, int) else list(given)
+    if any(isinstance(place, bool) for place in listed):
+        raise NotFollowed("dimensions that are not numbers")
     return [place % rank for place in listed]
 
 
-@_rule("softmax", "log_softmax", "cumsum", "cumprod", "flip", "roll", "normalize", "softmin")
-def _along(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
-    source = _first(args, kwargs)
-    dims = lookup.dims(source)
-    at = kwargs.get("dim", kwargs.get("dims", args[-1] if len(args) > 1 else None))
-    if len(args) > 1 and "dim" not in kwargs and "dims" not in kwargs:
-        at = args[1]
-        if not isinstance(at, (int, tuple, list)) or len(args) > 2:
-            at = None
-    for place in _places(at, len(dims)):
+def _dim_of(args: Args, kwargs: Kwargs, at: int, default: Any = None) -> Any:
+    return argument(args, kwargs, at, "dim", "dims", "axis", default=default)
+
+
+def _along(
+    lookup: Lookup,
+    args: Args,
+    kwargs: Kwargs,
+    outs: Sequence[Tensor],
+    *,
+    at: int,
+    default: int | None = None,
+) -> list[list[Dim]]:
+    """Its output is its input's shape, and elements depend on each other along some dimensions
+    only: the argument number ``at``.
+    """
+    dims = lookup.dims(_first(args, kwargs))
+    for place in _places(_dim_of(args, kwargs, at, default), len(dims)):
         mix(dims[place], "a function along it")
+    return [dims for _ in outs]
+
+
+for _name in ("softmax", "log_softmax", "softmin", "cumsum", "cumprod", "logcumsumexp", "cummax"):
+    _RULES[_name] = functools.partial(_along, at=1)
+_RULES["cummin"] = _RULES["cummax"]
+_RULES["sort"] = _RULES["argsort"] = functools.partial(_along, at=1, default=-1)
+_RULES["normalize"] = functools.partial(_along, at=2, default=1)
+_RULES["roll"] = functools.partial(_along, at=2)
+
+
+@_rule("flip")
+def _flip(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
+    listed = kwargs.get("dims", args[1:])
+    listed = listed[0] if len(listed) == 1 and isinstance(listed[0], (tuple, list)) else listed
+    return _along(lookup, (args[0], listed), {}, outs, at=1)
+
+
+@_rule("tril", "triu")
+def _triangle(
+    lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]
+) -> list[list[Dim]]:
+    dims = lookup.dims(_first(args, kwargs))
+    mix([*dims[-2], *dims[-1]], "a triangle of it")
     return [dims]
 
 
-@_rule(
-    "sum", "mean", "amax", "amin", "var", "std", "logsumexp", "max", "min", "argmax", "argmin",
-    "prod", "any", "all", "norm", "linalg_vector_norm", "vector_norm", "nanmean", "nansum", "median",
-    "var_mean", "std_mean", "count_nonzero", "topk", "sort", "argsort", "kthvalue",
-)  # fmt: skip
-def _reduce(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
+def _reduce(
+    lookup: Lookup,
+    args: Args,
+    kwargs: Kwargs,
+    outs: Sequence[Tensor],
+    *,
+    at: int = 1,
+    default: int | None = None,
+) -> list[list[Dim]]:
+    """Dimensions (the argument number ``at``) go, stay as one, or as some (top k)."""
     given = list(tensors((args, kwargs)))
-    if len(given) == 2 and all(out.shape == given[0].shape for out in outs):
+    if len(given) == 2 and at == 1:
         return _pointwise(lookup, args, kwargs, outs)  # max(a, b)
-    dims = lookup.dims(given[0])
-    at = kwargs.get("dim", kwargs.get("axis"))
-    if at is None and len(args) > 1:
-        at = next(
-            (a for a in args[1:] if isinstance(a, (int, tuple, list)) and a is not True), None
-        )
-    places = _places(at, len(dims))
-    if len(given) != 1 or (at is not None and any(p >= len(dims) for p in places)):
+    if len(given) != 1:
         raise NotFollowed("arguments that are not understood")
-    kept = [[] if i in places else dim for i, dim in enumerate(dims)]
-    gone = [dim for i, dim in enumerate(dims) if i not in places]
-    labels = []
+    dims = lookup.dims(given[0])
+    chosen = _dim_of(args, kwargs, at, default)
+    if isinstance(chosen, bool) or chosen == () or chosen == []:
+        chosen = None  # var(unbiased), and no dimension is all of them
+    places = _places(chosen, len(dims))
+    labels: list[list[Dim]] = []
     for out in outs:
-        shape = list(out.shape)
-        if shape == [size_of(d) for d in gone]:
-            labels.append(gone)
-        elif [n for i, n in enumerate(shape) if i not in places] == [size_of(d) for d in gone]:
-            labels.append([d if i not in places else opaque(shape[i]) for i, d in enumerate(kept)])
+        if out.dim() == len(dims):
+            kept = [opaque(out.size(i)) if i in places else dim for i, dim in enumerate(dims)]
         else:
-            raise NotFollowed("a shape that is not understood")
+            kept = [dim for i, dim in enumerate(dims) if i not in places]
+        labels.append(kept)
     for place in places:
         mix(dims[place], "a sum over it")
     return labels
+
+
+for _name in (
+    "sum", "mean", "amax", "amin", "var", "std", "logsumexp", "max", "min", "argmax", "argmin",
+    "prod", "any", "all", "nanmean", "nansum", "median", "nanmedian", "var_mean", "std_mean",
+    "count_nonzero", "aminmax",
+):  # fmt: skip
+    _RULES[_name] = _reduce
+for _name in ("norm", "linalg_vector_norm", "vector_norm"):
+    _RULES[_name] = functools.partial(_reduce, at=2)
+for _name in ("topk", "kthvalue"):
+    _RULES[_name] = functools.partial(_reduce, at=2, default=-1)
 
 
 @_rule("layer_norm", "rms_norm")
 def _norm(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
     dims = lookup.dims(_first(args, kwargs))
     shape = argument(args, kwargs, 1, "normalized_shape")
+    for tensor in tensors((args[2:], dict(kwargs))):
+        for dim in lookup.dims(tensor):
+            mix(dim, "a norm over it")
     for dim in dims[len(dims) - len(shape) :]:
         mix(dim, "a norm over it")
     return [dims]
@@ -740,7 +883,7 @@ def _norm(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) ->
 def _glu(lookup: Lookup, args: Args, kwargs: Kwargs, outs: Sequence[Tensor]) -> list[list[Dim]]:
     dims = lookup.dims(_first(args, kwargs))
     at = argument(args, kwargs, 1, "dim", default=-1)
-    half = math.prod([outs[0].size(at)])
+    half = outs[0].size(at)
     first, second = _sliced(dims[at], 0, half), _sliced(dims[at], half, 2 * half)
     join(first, second, "the halves of a gated unit")
     dims[at] = first

@@ -264,18 +264,36 @@ def cut_pair(pair: Pair, ranks: int, ratios: Sequence[float] | None) -> Cut:
     return Cut(pair, ShardLayout.of(Partition.from_ratios(size, ratios)))
 
 
+def crossing(event: Event, solution: Solution) -> Pair | None:
+    """The smaller of two pairs that cut one activation both, in unlike factors: a rank would hold
+    its block of each, and nobody the others.
+    """
+    for value in event.outs:
+        found: list[Cut] = []
+        for leaf in (leaf for dim in value.dims or () for leaf in leaves(dim)):
+            here = [cut for part in parts(leaf) if (cut := solution.cut_of(part)) is not None]
+            for cut in here:
+                other = next((c for c in found if c is not cut), None)
+                if other is not None:
+                    return min(cut.pair, other.pair, key=lambda pair: pair.elements)
+            found += here
+    return None
+
+
 # -- gradients
 
 
 @dataclass
 class Gradients:
     """What backward has to add up: ``partial`` parameters, whose gradients each rank has a summand
-    of; ``partial_outputs``, leaves whose whole output gets summands; ``conflict``: why a cut would
-    give wrong gradients, by the module where.
+    of; ``partial_outputs``, leaves whose whole output gets summands; ``on_pieces``, leaves that
+    stay whole because each rank calls them on rows of its own; ``conflict``: why a cut would give
+    wrong gradients, by the module where.
     """
 
     partial: set[str] = field(default_factory=set)
     partial_outputs: set[str] = field(default_factory=set)
+    on_pieces: set[str] = field(default_factory=set)
     conflict: tuple[Event, str] | None = None
 
 
@@ -301,6 +319,12 @@ def gradients(trace: Trace, solution: Solution, regions: Collection[str] = ()) -
             continue
         if event.leaf in columns:
             given = {"whole"}
+        elif event.leaf is not None and cut_in:
+            found.on_pieces.add(event.leaf)
+            if not is_inside(event.module, regions):  # where gradients are summed as they come
+                module = trace.leaves[event.leaf].module
+                found.partial |= {f"{event.leaf}.{name}" for name, _ in module.named_parameters()}
+            continue
         elif event.leaf is not None:
             if given == {"summand"}:
                 found.partial_outputs.add(event.leaf)
@@ -325,6 +349,9 @@ def gradients(trace: Trace, solution: Solution, regions: Collection[str] = ()) -
                     found.partial.add(value.parameter)
                 elif value.is_input:
                     return _conflict(found, event, "an input would get a part of its gradient")
+    for event in trace.events:
+        if event.leaf in found.on_pieces and not any(map(solution.is_cut, event.ins)):
+            return _conflict(found, event, "it is called on whole rows and on parts of them")
     return found
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from . import rules
-from .axes import Axis, Dim, join, leaves, mix, opaque
+from .axes import Axis, Dim, join, leaves, mix, mix_crossed, opaque
 from .twin import FACTORIES, Kind, mode_of, stand_ins, twin_of
 
 
@@ -51,6 +51,7 @@ class Event:
     constants: tuple[Any, ...]
     leaf: str | None = None
     drops: float = 0.0  # the probability with which it drops elements
+    starts: list[tuple[int, int]] = field(default_factory=list)  # of slices
 
 
 @dataclass(eq=False)
@@ -196,7 +197,7 @@ def new_leaf(name: str, module: nn.Module, kind: str) -> Leaf:
 class Tracer(TorchFunctionMode):
     """Follows functions while a model runs; `trace` is the way in."""
 
-    def __init__(self, model: nn.Module, found: dict[str, Leaf], kind: Kind) -> None:
+    def __init__(self, model: nn.Module, found: dict[str, Leaf], kind: Kind = "meta") -> None:
         super().__init__()
         self.model = model
         self.trace = Trace(found, kind=kind)
@@ -246,6 +247,8 @@ class Tracer(TorchFunctionMode):
             return func(*args, **kwargs)
         if name in FACTORIES and self.trace.kind == "meta":
             kwargs = {**kwargs, "device": "meta"}
+        if name == "__iter__":  # its pieces would come from nowhere
+            return iter(self.call(Tensor.unbind, "unbind", args, kwargs))
         return self.call(func, name, args, kwargs)
 
     def call(
@@ -259,9 +262,11 @@ class Tracer(TorchFunctionMode):
                 self.trace.read_elsewhere.setdefault(owner, self._place(name))
                 self.trace.readers.setdefault(owner, set()).add(self._module())
         ins = [self.value_of(tensor) for tensor in given]
+        starts = rules.starts(name, args, kwargs)
         result = func(*args, **kwargs)
-        outs = list(rules.tensors(result))
+        outs = outputs_of(name, args, result)
         if not outs:
+            self._without_output(name, ins)
             return result
         labels = self._labels(name, args, kwargs, ins, result, outs)
         differentiable = any(value.is_differentiable for value in ins) and name != "detach"
@@ -280,11 +285,18 @@ class Tracer(TorchFunctionMode):
         for value in made:
             value.is_constant = constant
         constants = tuple(rules.constants((args, kwargs)))
-        event = Event(name, self._module(), ins, made, constants)
+        event = Event(name, self._module(), ins, made, constants, starts=starts)
         if name in rules.RANDOM:
             event.drops = rules.drop_probability(name, args, kwargs)
         self.trace.events.append(event)
         return result
+
+    def _without_output(self, name: str, ins: Sequence[Value]) -> None:
+        """What reads values (``tolist``, ``equal``) needs all of them."""
+        if name != "type":
+            for value in ins:
+                for dim in value.dims or ():
+                    mix(dim, self._place(name))
 
     def _labels(
         self,
@@ -353,7 +365,9 @@ class Tracer(TorchFunctionMode):
             mix([leaf.in_axis], "what comes from no weight is whole on every rank")
             return [*(opaque(size) for size in out.shape[:-1]), [leaf.out_axis]]
         join(x.dims[-1], [leaf.in_axis], f"the input of {leaf.name}")
-        return [*x.dims[:-1], [leaf.out_axis]]
+        dims = [*x.dims[:-1], [leaf.out_axis]]
+        mix_crossed(dims)
+        return dims
 
     @contextlib.contextmanager
     def _pause(self) -> Iterator[None]:
@@ -362,6 +376,11 @@ class Tracer(TorchFunctionMode):
             yield
         finally:
             self.paused -= 1
+
+
+def outputs_of(name: str, args: tuple[Any, ...], result: Any) -> list[Tensor]:
+    """The tensors that a call gives; an assignment gives what it writes into."""
+    return [args[0]] if name == "__setitem__" else list(rules.tensors(result))
 
 
 class _Lookup:

@@ -8,7 +8,7 @@ the plan was made with, so what they don't know raises instead of giving somethi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -26,7 +26,10 @@ _LABEL = "_tp_native_axes"
 _SHAPE = frozenset(
     ["shape", "size", "numel", "nelement", "stride", "dim", "ndim", "ndimension", "__len__"]
 )
-_VIEWS = frozenset(["view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "ravel"])
+_VIEWS = frozenset(
+    ["view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "ravel", "squeeze"]
+)
+_MOVES = frozenset(["to", "cpu", "cuda"])
 _EXPANDS = frozenset(["expand", "expand_as", "broadcast_to"])
 _SPLITS = frozenset(["split", "chunk", "tensor_split", "split_with_sizes"])
 
@@ -101,6 +104,11 @@ class Translator(TorchFunctionMode):
             return func(*_whole(args), **_whole(kwargs))
         if name in rules.METADATA or (name in rules.CONSTANT and name.startswith("new_")):
             return func(*args, **kwargs)
+        if name in _MOVES and args and (label := label_of(args[0])) is not None:
+            moved = func(*args, **kwargs)  # nothing moves from meta
+            whole = label.whole.to(moved.dtype)
+            moved.__dict__[_LABEL] = Label(label.dims, whole, label.local)
+            return moved
         key: Any = None
         call = None
         try:
@@ -152,8 +160,8 @@ class Translator(TorchFunctionMode):
 
     def _error(self, name: str, why: str) -> TensorParallelError:
         return TensorParallelError(
-            f"{self.place or 'the model'}: {name} can't run on a part of the model: {why}. Give its Linears other "
-            'styles, for example tp.plan(model, n, rules={"...": "colwise_gather_output"})'
+            f"{self.place or 'the model'}: {name} can't run on a part of the model: {why}. Give its "
+            'Linears other styles, for example tp.plan(model, n, rules={"...": "colwise_gather_output"})'
         )
 
     def _sizes(self, label: Label) -> tuple[int, ...]:
@@ -177,7 +185,7 @@ class Translator(TorchFunctionMode):
     ) -> Local:
         sizes = self._sizes(labels[0])
         source = next(rules.tensors((args, kwargs)))
-        if name in _VIEWS:
+        if name in _VIEWS and labels[0].whole.dtype == source.dtype:
             return lambda a, k: _first(a, k).reshape(sizes)
         if name in _EXPANDS:
             return lambda a, k: _first(a, k).expand(sizes)
@@ -196,9 +204,13 @@ class Translator(TorchFunctionMode):
             return lambda a, k: _first(a, k).narrow(at, *place)
         if name == "__getitem__" and label_of(args[0]) is not None:
             return self._getitem(args[0], args[1])
-        changes = [
-            self._operand(name, tensor, labels[0]) for tensor in rules.tensors((args, kwargs))
-        ]
+        if name == "einsum":
+            changes = self._terms(args, labels[0])
+        else:
+            changes = [
+                self._operand(name, tensor, labels[0].dims, labels[0].whole.shape)
+                for tensor in rules.tensors((args, kwargs))
+            ]
         if all(change is None for change in changes):
             return lambda a, k: func(*a, **k)
 
@@ -226,12 +238,17 @@ class Translator(TorchFunctionMode):
         label = label_of(source)
         assert label is not None
         items = list(index) if isinstance(index, tuple) else [index]
-        items = [i if _as_slice(i) is None else _as_slice(i) for i in items]
         taken = sum(1 for item in items if item is not None and item is not Ellipsis)
         at, places, out = 0, [], []
         for item in items:
             if item is Ellipsis:
                 at += source.dim() - taken
+            elif (span := rules.as_range(item)) is not None:
+                size = label.whole.shape[at]
+                start, stop = span[0] % size, (span[1] - 1) % size + 1
+                places.append((at, *self._place(source, at, start, stop)))
+                item = slice(None)
+                at += 1
             elif isinstance(item, slice):
                 start, stop, step = item.indices(label.whole.shape[at])
                 if step == 1:
@@ -254,19 +271,40 @@ class Translator(TorchFunctionMode):
 
         return local
 
-    def _operand(self, name: str, tensor: Tensor, out: Label) -> Callable[[Tensor], Tensor] | None:
+    def _terms(self, args: Any, out: Label) -> list[Callable[[Tensor], Tensor] | None]:
+        """What is done to an einsum's operands: the whole ones are sliced letter by letter."""
+        operands = list(rules.tensors(args[1:]))
+        terms, result = rules.equation(args[0], [tensor.dim() for tensor in operands])
+        changes = []
+        for term, tensor in zip(terms, operands, strict=True):
+            at = [result.find(letter) for letter in term]
+            sizes = [
+                out.whole.size(i) if i >= 0 else size
+                for i, size in zip(at, tensor.shape, strict=True)
+            ]
+            dims = [
+                out.dims[i] if i >= 0 else opaque(size) for i, size in zip(at, sizes, strict=True)
+            ]
+            changes.append(self._operand("", tensor, dims, sizes))
+        return changes
+
+    def _operand(
+        self, name: str, tensor: Tensor, dims: Sequence[Dim], sizes: Sequence[int]
+    ) -> Callable[[Tensor], Tensor] | None:
         """What is done to an operand: a whole one is sliced as the cut ones that it meets."""
-        if label_of(tensor) is not None:
+        label = label_of(tensor)
+        if label is not None and any(map(self.solution.is_cut_dim, label.dims)):
             return None
-        meets = [self.solution.is_cut_dim(dim) for dim in out.dims]
+        meets = [self.solution.is_cut_dim(dim) for dim in dims]
         if not any(meets):
             return None
-        shares = tensor.requires_grad and torch.is_grad_enabled()
+        # a whole part of a cut layer's output has its gradient summed in that layer
+        shares = label is None and tensor.requires_grad and torch.is_grad_enabled()
         last = 2 if rules.is_product(name) else 0  # rows and columns of a product meet nothing
         slices = []
-        for place in range(1 + last, min(len(out.dims), tensor.dim()) + 1):
-            if meets[-place] and tensor.size(-place) == out.whole.size(-place) != 1:
-                ranges = self.solution.ranges(out.dims[-place], self.rank)
+        for place in range(1 + last, min(len(dims), tensor.dim()) + 1):
+            if meets[-place] and tensor.size(-place) == sizes[-place] != 1:
+                ranges = self.solution.ranges(dims[-place], self.rank)
                 slices.append((tensor.dim() - place, tuple(ranges)))
         if not shares and not slices:
             return None
@@ -283,16 +321,6 @@ class Translator(TorchFunctionMode):
 
 def _first(args: Any, kwargs: dict[str, Any]) -> Tensor:
     return next(rules.tensors((args, kwargs)))
-
-
-def _as_slice(item: Any) -> slice | None:
-    """A list of consecutive integers as the slice that it is."""
-    if not isinstance(item, list) or not item or any(type(i) is not int for i in item):
-        return None
-    first, last = item[0], item[-1]
-    if item != list(range(first, last + 1)):
-        return None
-    return slice(first, last + 1 if last != -1 else None)
 
 
 def _changed(value: Any, steps: Iterator[Callable[[Tensor], Tensor] | None]) -> Any:
