@@ -82,7 +82,7 @@ class _Comparison:
     def run(self, inputs: Sequence[Any]) -> None:
         """One forward pass up to its end or the first departure, which is left in ``error``."""
         try:
-            with hooked(self.model, self.before, self.after):
+            with hooked(self.model, self.before, self.after, self.running.append):
                 forward(self.model, inputs)
             self.meet()
             if not self.compared:
@@ -93,7 +93,7 @@ class _Comparison:
         except _Stopped:
             return
         except CollectiveMismatchError as error:  # known to every rank already
-            raise PlanError(self.told_raised(error)) from error
+            raise PlanError(self.told_raised(error, "all ranks")) from error
         except TensorParallelError as error:
             if type(error) not in (TensorParallelError, PlanError):
                 raise  # a peer is lost or late: no plan's fault
@@ -109,6 +109,8 @@ class _Comparison:
             self.meet()
         except _Stopped:
             return
+        except CollectiveMismatchError:  # they were in a collective of this very module
+            raise self.error from raised
 
     def meet(self, error: PlanError | None = None) -> None:
         """Go on if every rank is here without an error; else stop. Collective."""
@@ -130,7 +132,6 @@ class _Comparison:
 
     def before(self, name: str, module: nn.Module, inputs: Tensors) -> None:
         """Compare what a cut layer gets."""
-        self.running.append(name)
         entry, call = self.entries.get(name), self.call_of(name)
         error = None
         if entry is not None and call is not None:
@@ -145,12 +146,11 @@ class _Comparison:
 
     def after(self, name: str, module: nn.Module, outputs: Tensors) -> None:
         """Compare what a module gave."""
-        while self.running and self.running.pop() != name:
-            pass
         entry, call = self.entries.get(name), self.call_of(name)
         self.counts[name] = self.counts.get(name, 0) + 1
-        error = self.output_error(name, entry, outputs, call) if call is not None else None
-        self.meet(error)
+        self.meet(self.output_error(name, entry, outputs, call) if call is not None else None)
+        while self.running and self.running.pop() != name:
+            pass
         if entry is not None and entry.is_local:
             self.open.append(name)
         elif entry is not None:
@@ -283,13 +283,14 @@ class _Comparison:
     def parts_given(self) -> str:
         return ", ".join(f"{name} ({self.sizes(name)})" for name in dict.fromkeys(self.open))
 
-    def told_raised(self, error: Exception) -> str:
+    def told_raised(self, error: Exception, where: str = "") -> str:
         said = (str(error).splitlines() or [""])[0]
+        where = where or f"rank {self.group.rank}"
         before = f"; before it {self.parts_given()} gave their own parts" if self.open else ""
         name = self.running[-1] if self.running else ""
         return (
             f"{self.label(name)}: the dense model runs, the parallel one raised "
-            f"{type(error).__name__} on rank {self.group.rank}: {said}; {self.cut(name)}{before}"
+            f"{type(error).__name__} on {where}: {said}; {self.cut(name)}{before}"
         )
 
     def cut(self, name: str) -> str:

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,7 +51,14 @@ def record(model: nn.Module, *inputs: Any) -> Recording:
         return recorded(model, inputs)
 
 
-def recorded(model: nn.Module, inputs: Sequence[Any]) -> Recording:
+def recorded(
+    model: nn.Module,
+    inputs: Sequence[Any],
+    together: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Recording:
+    """As `record`, but for what `kept` puts back. ``together``: a block that all ranks end at once,
+    because thread ranks may share the dense model: each has its hooks there before one runs it.
+    """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise PlanError(
             f"verify compares values, and {type(model).__name__} has parameters on meta; load it "
@@ -74,7 +81,10 @@ def recorded(model: nn.Module, inputs: Sequence[Any]) -> Recording:
         recording.calls.setdefault(name, []).append(Call(inputs, outputs, limit))
 
     with hooked(model, before, after):
-        forward(model, inputs)
+        with together():
+            pass
+        with together():
+            forward(model, inputs)
     return recording
 
 
@@ -83,32 +93,45 @@ def hooked(
     model: nn.Module,
     before: Callable[[str, nn.Module, Tensors], None],
     after: Callable[[str, nn.Module, Tensors], None],
+    enter: Callable[[str], None] = lambda name: None,
 ) -> Iterator[None]:
-    """Call ``before`` and ``after`` around every module that this thread runs."""
+    """Call ``before`` and ``after`` around the forward of every module that this thread runs, and
+    ``enter`` before its other hooks.
+    """
     thread = threading.get_ident()
 
+    def first_hook(name: str) -> Any:
+        def come(module: nn.Module, args: Any) -> None:
+            if threading.get_ident() == thread:
+                enter(name)
+
+        return come
+
     def pre_hook(name: str) -> Any:
-        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
             if threading.get_ident() == thread:
                 # Code that runs on pieces sees whole shapes: look at the tensors themselves.
                 with torch._C.DisableTorchFunction():
                     before(name, module, tensors((*args, *kwargs.values())))
 
-        return enter
+        return begin
 
     def post_hook(name: str) -> Any:
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
+        def end(module: nn.Module, args: Any, output: Any) -> None:
             if threading.get_ident() == thread:
                 with torch._C.DisableTorchFunction():
                     after(name, module, tensors(output))
 
-        return leave
+        return end
 
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            handle = module.register_forward_pre_hook(pre_hook(name), with_kwargs=True)
-            stack.callback(handle.remove)
-            stack.callback(module.register_forward_hook(post_hook(name)).remove)
+            for handle in (
+                module.register_forward_pre_hook(first_hook(name), prepend=True),
+                module.register_forward_pre_hook(pre_hook(name), with_kwargs=True),
+                module.register_forward_hook(post_hook(name)),
+            ):
+                stack.callback(handle.remove)
         yield
 
 
