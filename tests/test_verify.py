@@ -276,6 +276,7 @@ def rank_leaves_no_trace(group: Group) -> None:
     random_state = torch.get_rng_state()
     group.barrier()
     tp.parallelize(model, group, plan=plan, verify=(x, scale, {"shift": shift}))
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     wrapped = tp.DistributedModelWrapper(model, group)
     tp.verify(wrapped, dense, x, scale, {"shift": shift})
     tp.verify(
@@ -288,7 +289,8 @@ def rank_leaves_no_trace(group: Group) -> None:
         assert each.calls == 0
         assert (each.training, each.up.training, each.down.training) == (True, False, True)
         assert all(p.grad is None and p.requires_grad for p in each.parameters())
-        assert not any(m._forward_hooks or m._forward_pre_hooks for m in each.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in dense.modules())
+    assert hooks == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     assert torch.is_grad_enabled()
     handle = model.register_forward_hook(lambda m, args, out: later_output_wrong(out))
     if group.size > 1:

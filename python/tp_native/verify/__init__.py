@@ -46,7 +46,8 @@ def verify(
             )
         if state is not None:
             _check_same_model(dense, state.plan)
-    with kept(dense):
+    # What is put back is so on all ranks before any goes on: threads share the random state.
+    with agreed(group), kept(dense):
         recording = recorded(dense, inputs, lambda: agreed(group))
     plan = state.plan if state is not None else None
     compare(unwrap(parallel_model), recording, inputs, plan, group, rtol)
