@@ -215,8 +215,10 @@ def sample(seed: int) -> Sample:
         None,
         [2.0] + [1.0] * (ranks - 1),
         [float(rng.randrange(1, 5)) for _ in range(ranks)],
-        [0.0 if rank == ranks - 1 and ranks > 1 else 1.0 for rank in range(ranks)],
     ]
+    # cut_heads raises a bare ValueError where the only rank of a key/value head has no share
+    if kv_heads >= ranks > 1:
+        shares.append([1.0] * (ranks - 1) + [0.0])
     sizes = Sizes(heads, kv_heads, head_dim, ffn, vocab, rng.random() < 0.5)
     return Sample(sizes, ranks, rng.choice(shares), rng.random() < 0.4)
 

@@ -148,7 +148,13 @@ class _Comparison:
         """Compare what a module gave."""
         entry, call = self.entries.get(name), self.call_of(name)
         self.counts[name] = self.counts.get(name, 0) + 1
-        self.meet(self.output_error(name, entry, outputs, call) if call is not None else None)
+        error = None
+        if call is not None:
+            compared = self.compared
+            error = self.output_error(name, entry, outputs, call)
+            if compared == self.compared and error is None:
+                error = self.parameter_error(name, module, call)
+        self.meet(error)
         while self.running and self.running.pop() != name:
             pass
         if entry is not None and entry.is_local:
@@ -177,6 +183,21 @@ class _Comparison:
             error = self.departure(name, "output", key, actual, part, expected, call)
             if error is not None:
                 return error
+        return None
+
+    def parameter_error(self, name: str, module: nn.Module, call: Call) -> PlanError | None:
+        """Of a whole module in a cut region, whose output can't be compared: its parameters."""
+        dense = self.dense.modules.get(name)
+        for local, parameter in module._parameters.items():
+            theirs = dense._parameters.get(local) if dense is not None else None
+            if parameter is None or theirs is None or parameter.shape != theirs.shape:
+                continue
+            error = relative_gap(parameter, theirs)
+            if error > (self.rtol if self.rtol is not None else call.limit):
+                return PlanError(
+                    f"{self.label(name)}: its {local} departs from the dense model's by "
+                    f"{error:.3g} of its largest value on rank {self.group.rank}; {self.cut(name)}"
+                )
         return None
 
     def is_part_of(
