@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -78,7 +78,7 @@ def parallelize(
     group: GroupLike | None = None,
     *,
     plan: ShardPlan | None = None,
-    verify: Sequence[Any] | Tensor | None = None,
+    verify: Sequence[Any] | Mapping[str, Any] | Tensor | None = None,
 ) -> nn.Module:
     """Cut ``model`` in place for ``group``, and return it.
 
@@ -96,7 +96,7 @@ def parallelize(
     """
     group = current_group(group)
     dense: Recording | None = None
-    inputs = (verify,) if isinstance(verify, Tensor) else verify
+    inputs = (verify,) if isinstance(verify, (Tensor, Mapping)) else verify
     with agreed(group):
         if state_of(model) is not None or _has_parallel_modules(model):
             raise PlanError(
@@ -117,14 +117,16 @@ def parallelize(
     with agreed(group):
         if inputs is not None:
             dense = record(model, *inputs)
-    undo = _apply(model, plan, group)
-    if dense is not None and inputs is not None:
-        try:
+    undo: list[Callable[[], None]] = []
+    try:
+        with agreed(group):
+            _apply(model, plan, group, undo)
+        if dense is not None and inputs is not None:
             compare(model, dense, inputs, plan, group)
-        except BaseException:
-            for step in reversed(undo):
-                step()
-            raise
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
     attach_state(model, ParallelState(group, plan))
     huggingface.attach(model, group)
     guard(model)
@@ -148,7 +150,7 @@ class DistributedModelWrapper(nn.Module):
         world_size: int | None = None,
         rank: int | None = None,
         plan: ShardPlan | None = None,
-        verify: Sequence[Any] | Tensor | None = None,
+        verify: Sequence[Any] | Mapping[str, Any] | Tensor | None = None,
     ) -> None:
         super().__init__()
         group = current_group(group)
@@ -226,9 +228,8 @@ def _fingerprint(model: nn.Module, plan: ShardPlan) -> int:
     return int.from_bytes(digest.digest()[:8], "little") >> 1
 
 
-def _apply(model: nn.Module, plan: ShardPlan, group: Group) -> list[Callable[[], None]]:
-    """Cut the model as planned; returns what undoes it, in order."""
-    undo: list[Callable[[], None]] = []
+def _apply(model: nn.Module, plan: ShardPlan, group: Group, undo: list[Callable[[], None]]) -> None:
+    """Cut the model as planned; ``undo`` gets what undoes it, in order."""
     held: dict[str, nn.Parameter] = {}
     twins: dict[int, nn.Module] = {}
     for name, entry in plan.entries.items():
@@ -266,7 +267,6 @@ def _apply(model: nn.Module, plan: ShardPlan, group: Group) -> list[Callable[[],
     for name in plan.summed:
         handle = model.get_submodule(name).register_forward_hook(partial(_sum_output, group))
         undo.append(handle.remove)
-    return undo
 
 
 def _parallel_module(

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ..errors import PlanError
 from ..partition import Partition, ShardLayout, cut_heads
 from .axes import Axis, leaves, parts
 from .trace import Event, Leaf, Trace, Value
@@ -257,7 +258,13 @@ def cut_pair(pair: Pair, ranks: int, ratios: Sequence[float] | None) -> Cut:
     """Cut a pair's axis evenly, or by ``ratios``; key/value heads fewer than ranks are shared."""
     size = pair.axis.find().size
     if size < ranks and pair.inner is not None:
-        both, outer = cut_heads(size * pair.inner.find().size, size, ranks, ratios)
+        try:
+            both, outer = cut_heads(size * pair.inner.find().size, size, ranks, ratios)
+        except ValueError as error:
+            raise PlanError(
+                f"{ranks} ranks with shares {list(ratios or ())} over {size} key/value heads "
+                f"({pair.members[0]}): {error}; give every rank a share above 0"
+            ) from error
         return Cut(pair, outer, both)
     if ratios is None:
         return Cut(pair, ShardLayout.of(Partition.even(size, ranks)))

@@ -161,7 +161,8 @@ class Translator(TorchFunctionMode):
     def _error(self, name: str, why: str) -> TensorParallelError:
         return TensorParallelError(
             f"{self.place or 'the model'}: {name} can't run on a part of the model: {why}. Give its "
-            'Linears other styles, for example tp.plan(model, n, rules={"...": "colwise_gather_output"})'
+            "Linears other styles, for example "
+            'tp.plan(model, n, rules={"...": "colwise_gather_output"})'
         )
 
     def _sizes(self, label: Label) -> tuple[int, ...]:
