@@ -57,7 +57,7 @@ def plan(
     *,
     rules: Mapping[str, str] | None = None,
     ratios: Sequence[float] | None = None,
-    inputs: Sequence[Any] | Tensor | None = None,
+    inputs: Sequence[Any] | Mapping[str, Any] | Tensor | None = None,
 ) -> ShardPlan:
     """Work out how ``model`` is cut for ``world_size`` ranks.
 
@@ -127,7 +127,7 @@ class _Planner:
 
     # -- where the styles come from
 
-    def follow(self, inputs: Sequence[Any] | Tensor | None) -> None:
+    def follow(self, inputs: Sequence[Any] | Mapping[str, Any] | Tensor | None) -> None:
         """Cut pairs that the structure shows."""
         chosen = None if inputs is None else split_inputs(inputs)
         self.followed = follow(

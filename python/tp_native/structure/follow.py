@@ -142,7 +142,7 @@ def _trace(
     for args, kwargs in [inputs] if inputs is not None else guesses(model):
         for kind in kinds:
             try:
-                return trace(model, found, args, kwargs, kind), (args, kwargs), ""
+                return trace(model, args, kwargs, found, kind), (args, kwargs), ""
             except Exception as error:
                 said = (str(error).splitlines() or [""])[0]
                 failure = failure or f"{type(error).__name__}: {said}"

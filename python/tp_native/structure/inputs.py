@@ -16,7 +16,7 @@ _IDS = ("input_ids", "ids", "idx", "tokens", "token_ids", "src_tokens", "x", "in
 _ROWS, _TOKENS = 2, 5
 
 
-def split_inputs(inputs: Sequence[Any] | Tensor) -> Inputs:
+def split_inputs(inputs: Sequence[Any] | Mapping[str, Any] | Tensor) -> Inputs:
     """Positional and keyword arguments; a Mapping as the last input holds keywords."""
     if isinstance(inputs, (Tensor, Mapping)):
         inputs = (inputs,)

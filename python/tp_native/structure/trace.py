@@ -197,7 +197,7 @@ def new_leaf(name: str, module: nn.Module, kind: str) -> Leaf:
 class Tracer(TorchFunctionMode):
     """Follows functions while a model runs; `trace` is the way in."""
 
-    def __init__(self, model: nn.Module, found: dict[str, Leaf], kind: Kind = "meta") -> None:
+    def __init__(self, model: nn.Module, found: dict[str, Leaf], kind: Kind = "real") -> None:
         super().__init__()
         self.model = model
         self.trace = Trace(found, kind=kind)
@@ -460,18 +460,19 @@ def trace_training(
 
 def trace(
     model: nn.Module,
-    found: Mapping[str, Leaf],
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
+    found: Mapping[str, Leaf] | None = None,
     kind: Kind = "meta",
 ) -> Trace:
-    """Follow one forward pass of a twin of ``model``, with leaves ``found``; its weights are read
-    only where ``kind`` is "real".
+    """Follow one forward pass of a twin of ``model``, with leaves ``found`` if they are known; its
+    weights are read only where ``kind`` is "real".
 
     Raises: whatever the model raises on these inputs.
     """
     mode = mode_of(kind)
     twin = twin_of(model, kind, mode)
+    found = find_leaves(model) if found is None else found
     fresh = {name: new_leaf(name, leaf.module, leaf.kind) for name, leaf in found.items()}
     tracer = Tracer(twin, fresh, kind)
     output = run(twin, mode, tracer, args, kwargs)

@@ -73,6 +73,16 @@ class Translator(TorchFunctionMode):
         self._leaf_labels: dict[Any, Label] = {}
         self._calls: dict[Any, tuple[Local, list[Label]]] = {}
 
+    def label(self, tensor: Tensor, dims: Sequence[Dim]) -> Tensor:
+        """Mark a local tensor as part of a whole with these axes."""
+        sizes = [
+            size_of(dim) if any(not axis.find().is_opaque for axis in dim) else tensor.shape[at]
+            for at, dim in enumerate(dims)
+        ]
+        whole = torch.empty(sizes, dtype=tensor.dtype, device="meta")
+        tensor.__dict__[_LABEL] = Label([*dims], whole)
+        return tensor
+
     def leaf_output(self, y: Tensor, x: Tensor, axis: Axis | None) -> Tensor:
         """A leaf's output: labelled where ``axis`` is what its features are."""
         if axis is None:
@@ -160,8 +170,8 @@ class Translator(TorchFunctionMode):
 
     def _error(self, name: str, why: str) -> TensorParallelError:
         return TensorParallelError(
-            f"{self.place or 'the model'}: {name} can't run on a part of the model: {why}. Give its "
-            "Linears other styles, for example "
+            f"{self.place or 'the model'}: {name} can't run on a part of the model: {why}. Give "
+            "its Linears other styles, for example "
             'tp.plan(model, n, rules={"...": "colwise_gather_output"})'
         )
 
