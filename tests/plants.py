@@ -97,6 +97,12 @@ def turned(plan: ShardPlan, name: str, sizes: tuple[int, int], dim: int) -> Shar
     return ShardEntry(COLUMN, cut, {local: Shard(at, cut) for local, at in held.items()})
 
 
+def is_held_by_all(entry: ShardEntry) -> bool:
+    """Whether every rank holds all of it: the one key/value head of multi-query attention."""
+    layout = ShardLayout.of(entry.partition)
+    return all(sum(b - a for a, b in held) == layout.size for held in layout.ranges)
+
+
 def wrong_plans(model: nn.Module, plan: ShardPlan, rng: random.Random) -> Iterator[WrongPlan]:
     """One of each kind that the plan has room for, at random places."""
     pairs = pairs_of(plan)
@@ -110,7 +116,7 @@ def wrong_plans(model: nn.Module, plan: ShardPlan, rng: random.Random) -> Iterat
     many = [pair for pair in pairs if len(pair[0]) > 1]
     if many:
         columns, row = rng.choice(many)
-        one = rng.choice(columns)
+        one = rng.choice([name for name in columns if not is_held_by_all(plan.entries[name])])
         names = around(row, columns)
         yield WrongPlan("one column layer left whole", with_entries(plan, {one: None}), names)
     single = [pair for pair in pairs if len(pair[0]) == 1 and is_plain(plan, *pair)]
