@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import families
+import model_folders
 from tiny import VOCAB, llama, qwen3, tokens
 from tp_native.errors import TensorParallelError
 from tp_native.generate import generate
@@ -161,7 +161,7 @@ def test_bad_arguments_are_named(case: str) -> None:
 )
 def test_models_that_do_not_continue_text_are_named(name: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        generate(families.make(name), tokens(), 3)
+        generate(model_folders.make(name), tokens(), 3)
 
 
 def rank_bad(group: Group, dense: Any) -> None:

@@ -52,7 +52,7 @@ def guarded(group: Group, dtype: torch.dtype = torch.float32) -> Any:
     with torch.no_grad():  # not torch's own generator, which thread ranks share
         for parameter in dense.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.3)
-    rules = {"embed": "embedding_rowwise", "up": "colwise", "down": "rowwise"}
+    rules = {"embed": "embedding_rowwise", "up": "colwise", "down": "rowwise", "head": "replicate"}
     model = tp.parallelize(dense, group, plan=tp.plan(dense, group.size, rules=rules))
     assert isinstance(model.embed, tp.VocabParallelEmbedding) or group.size == 1
     return model

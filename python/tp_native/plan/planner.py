@@ -299,6 +299,7 @@ class _Planner:
         names = {f"{leaf.name}.{local}" for local in leaf.module._parameters}
         return (
             leaf.kind in ("linear", "embedding")
+            and self.followed.trace.reads[leaf.name] == {"weight"}
             and leaf.name not in self.followed.partial_outputs
             and not names & self.followed.partial
             and not any(

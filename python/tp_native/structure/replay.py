@@ -131,8 +131,11 @@ class _Replay(Tracer):
         constants: tuple[Any, ...],
         starts: Sequence[tuple[int, int]] = (),
     ) -> None:
-        while self.event is not None and self.event.name != name and self._does_nothing(self.event):
-            self.at += 1  # such as repeating each key/value head once
+        while (event := self.event) is not None and event.name != name:
+            # such as repeating each key/value head once, or what the code keeps from call to call
+            if not self._does_nothing(event) and not all(value.is_free for value in event.outs):
+                break
+            self.at += 1
         event = self.event
         if event is None or event.name != name:
             raise Departure(event, f"calls {name} instead of {event.name if event else 'nothing'}")

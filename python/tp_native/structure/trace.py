@@ -33,6 +33,7 @@ class Value:
     is_differentiable: bool
     parameter: str | None = None
     is_input: bool = False
+    is_free: bool = False  # made from neither inputs nor parameters
     is_constant: bool = False  # one number everywhere: any part is like any other
 
     @property
@@ -85,6 +86,7 @@ class Trace:
     reached: set[str] = field(default_factory=set)
     read_elsewhere: dict[str, str] = field(default_factory=dict)  # leaf -> where
     readers: dict[str, set[str]] = field(default_factory=dict)  # leaf -> modules
+    reads: dict[str, set[str]] = field(default_factory=dict)  # leaf -> its parameters
     outputs: list[Value] = field(default_factory=list)
     kind: Kind = "meta"
 
@@ -213,6 +215,7 @@ class Tracer(TorchFunctionMode):
         known = self.values.get(id(tensor))
         if known is None:
             known = self._remember(tensor, None, False)
+            known.is_free = True
         return known
 
     def _remember(self, tensor: Tensor, dims: list[Dim] | None, differentiable: bool) -> Value:
@@ -261,6 +264,8 @@ class Tracer(TorchFunctionMode):
             if owner is not None:
                 self.trace.read_elsewhere.setdefault(owner, self._place(name))
                 self.trace.readers.setdefault(owner, set()).add(self._module())
+                read = self.value_of(tensor).parameter or ""
+                self.trace.reads.setdefault(owner, set()).add(read.rpartition(".")[2])
         ins = [self.value_of(tensor) for tensor in given]
         starts = rules.starts(name, args, kwargs)
         result = func(*args, **kwargs)
@@ -282,8 +287,9 @@ class Tracer(TorchFunctionMode):
         constant = name in rules.CONSTANT or (
             name in rules.KEEPS_CONSTANT and bool(ins) and all(v.is_constant for v in ins)
         )
+        free = all(value.is_free for value in ins)
         for value in made:
-            value.is_constant = constant
+            value.is_constant, value.is_free = constant, free
         constants = tuple(rules.constants((args, kwargs)))
         event = Event(name, self._module(), ins, made, constants, starts=starts)
         if name in rules.RANDOM:
