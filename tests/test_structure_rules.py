@@ -206,6 +206,12 @@ MIXED: dict[str, tuple[Callable[..., Any], Callable[[random.Random], Labelled]]]
     "causal rows, by place": (
         lambda x: F.scaled_dot_product_attention(x.mT, x.mT, x.mT, None, 0.0, True), features,
     ),
+    "groups of whole keys": (
+        lambda x: F.scaled_dot_product_attention(
+            x, torch.ones(B, 2, T, D).double(), torch.ones(B, 2, T, D).double(), enable_gqa=True
+        ),
+        heads,
+    ),
     "itself across": (lambda x: x[..., None] * x[..., None, :], features),
     "steps": (lambda x: x[..., ::2], features),
     "an index": (lambda x: x[..., 1], features),

@@ -553,7 +553,7 @@ def starts(name: str, args: Args, kwargs: Kwargs) -> list[tuple[int, int]]:
             return [(at % x.dim(), first % max(x.size(at), 1))] if isinstance(first, int) else []
         is_index = name in ("__getitem__", "__setitem__")
         return _starts_of_index(args[0], args[1]) if is_index else []
-    except (TypeError, ValueError, LookupError):
+    except (TypeError, ValueError, LookupError, ArithmeticError):
         return []
 
 
@@ -751,6 +751,9 @@ def _attention(
         if q.dim() > 3 and tensor.size(-3) not in (1, heads):
             if kwargs.get("enable_gqa") is not True:
                 raise NotFollowed("heads that differ")
+            if any(axis.is_opaque for dim in (dq[-3], dims[-3]) for axis in leaves(dim)):
+                # on a part of the one and all of the other, queries would find other keys
+                mix([*dq[-3], *dims[-3]], "a grouping of heads")
             dims[-3] = [*dims[-3], Axis(heads // tensor.size(-3), is_open=True)]
     batch = broadcast(lookup, [(q, dq[:-2]), (k, dk[:-2]), (v, dv[:-2])], [*outs[0].shape[:-2]])
     rows = dq[-2]
