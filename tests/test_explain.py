@@ -187,7 +187,7 @@ def test_layers_that_differ_are_told_apart() -> None:
     rules = {f"model.layers.{i}.mlp.up_proj": "colwise_rep" for i in (1, 2, 5)}
     text = plan(on_meta(llama, num_hidden_layers=6), 2, rules=rules).explain()
     assert "model.layers.[1-2,5].mlp.up_proj" in text and "model.layers.[0,3-4].mlp.up_proj" in text
-    assert "model.layers.*.mlp.gate_proj" in text
+    assert "model.layers.*.self_attn.q_proj" in text
 
 
 def test_an_unknown_format_is_refused() -> None:

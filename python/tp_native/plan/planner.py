@@ -299,12 +299,12 @@ class _Planner:
         names = {f"{leaf.name}.{local}" for local in leaf.module._parameters}
         return (
             leaf.kind in ("linear", "embedding")
-            and self.followed.trace.reads[leaf.name] == {"weight"}
+            and self.followed.trace.reads.get(leaf.name) == {"weight"}
             and leaf.name not in self.followed.partial_outputs
             and not names & self.followed.partial
             and not any(
                 is_inside(reader, self.followed.translated)
-                for reader in self.followed.trace.readers[leaf.name]
+                for reader in self.followed.trace.readers.get(leaf.name, ())
             )
         )
 
