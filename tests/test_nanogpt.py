@@ -143,7 +143,7 @@ def normalized(self: Any, x: Tensor) -> Tensor:
 def test_a_model_that_reads_a_local_size_is_refused(example: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(example.MLP, "forward", divided_by_width)
     model = example.make_model(1)
-    with pytest.raises(tp.PlanError, match=r"mlp\.c_proj: output departs from the dense model"):
+    with pytest.raises(tp.PlanError, match=r"mlp\.c_proj: input departs from the dense model"):
         tp.simulate(lambda group: example.compare(copy.deepcopy(model), group, 1), 2)
     assert example.failures({"error": "mlp: no"}) == ["mlp: no"]
 

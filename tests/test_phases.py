@@ -16,7 +16,7 @@ import torch
 import tiny
 import tp_native as tp
 from harness import World
-from tp_native.checkpoint import reader, writer
+from tp_native.checkpoint import items, reader
 from tp_native.group import Group
 
 VICTIM = 1
@@ -50,7 +50,7 @@ def run_until_death(group: Group, phase: str, folder: str) -> tuple[str, int, fl
             tp.generate(model, tiny.tokens(), 40, on_token=on_token)
         if phase == "save":
             if is_victim:
-                writer.full_of = die  # type: ignore[assignment]
+                items.full_of = die  # type: ignore[assignment]
             tp.save_pretrained(model, folder)
     except tp.PeerLostError as error:
         return str(error), error.peer, time.monotonic()

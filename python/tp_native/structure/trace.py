@@ -243,13 +243,11 @@ class Tracer(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if self.paused:
-            return func(*args, **kwargs)
         name = rules.name_of(func)
-        if name in rules.METADATA:
-            return func(*args, **kwargs)
         if name in FACTORIES and self.trace.kind == "meta":
             kwargs = {**kwargs, "device": "meta"}
+        if self.paused or name in rules.METADATA:
+            return func(*args, **kwargs)
         if name == "__iter__":  # its pieces would come from nowhere
             return iter(self.call(Tensor.unbind, "unbind", args, kwargs))
         return self.call(func, name, args, kwargs)
