@@ -62,16 +62,17 @@ def plan(
     """Work out how ``model`` is cut for ``world_size`` ranks.
 
     ``rules`` (module pattern to style, ``*`` for one number in a dotted name) come first, then the
-    model's own ``tp_plan``, then its structure: one forward pass is followed on fake tensors, and
-    Linears whose features only meet their like (heads, the width of an MLP) are cut in pairs
-    with one collective each. What can't be paired is cut alone and gathered, or stays whole;
-    `ShardPlan.explain` says which and why. Key/value heads and their queries stay together;
-    fewer of them than ranks are shared by several. ``ratios`` gives each rank's share, default
-    equal. ``inputs``: arguments for a forward pass (a Mapping as last one: keyword arguments),
-    where they can't be guessed.
+    model's own ``tp_plan``, then its structure: one forward pass is followed without memory (on the
+    model's own weights only where it branches on values), and Linears whose features only meet
+    their like (heads, the width of an MLP) are cut in pairs with one collective each. What can't be
+    paired is cut alone and gathered, or stays whole; `ShardPlan.explain` says which and why.
+    Key/value heads and their queries stay together; fewer of them than ranks are shared by several.
+    ``ratios`` gives each rank's share, default equal. ``inputs``: arguments for a forward pass (a
+    Mapping as last one: keyword arguments), where they can't be guessed.
 
     Raises: PlanError if a style is unknown or refused by name, a rule of the user's matches
-    nothing or does not fit its module, or ``ratios`` leave a rank with nothing.
+    nothing or does not fit its module, or no rank of a shared key/value head has a share.
+    Warns where the model can't be followed on any inputs that were tried.
     Source: Shoeybi et al., Megatron-LM, arXiv:1909.08053, section 3 (column and row pairs);
     transformers, ``distributed/tensor_parallel.py`` (styles and pattern words).
     """
